@@ -1,0 +1,2 @@
+//! The `bitnet` program.
+fn main() {}

@@ -1,0 +1,216 @@
+//! The one float recipe that every backend on a CPU follows, so that scalar, AVX2, AVX-512 and
+//! NEON code give the same bits.
+//!
+//! * Every reduction over elements of a row runs in [`LANES`] virtual lanes: element `i` goes to
+//!   lane `i % LANES`, in ascending order, by fused multiply-add; the lanes are then folded in
+//!   halves ([`fold`]). An instruction set with fewer physical lanes uses several registers, one
+//!   with none uses an array.
+//! * `exp` and what is built on it are written out here, from exactly rounded operations only.
+//! * RoPE angles come from a portable maths library, never from the platform's.
+//!
+//! The functions are `inline(always)` so that a kernel compiled for an instruction set gets its
+//! own copy, vectorised for it: strict IEEE semantics make every copy give the same bits.
+
+/// Virtual lanes of a float reduction.
+pub const LANES: usize = 32;
+
+/// Folds the lanes of a reduction: halves onto halves, 16, 8, 4, 2, 1.
+#[inline(always)]
+pub fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
+    let mut half = LANES / 2;
+    while half > 0 {
+        for i in 0..half {
+            lanes[i] = combine(lanes[i], lanes[i + half]);
+        }
+        half /= 2;
+    }
+    lanes[0]
+}
+
+/// Accumulates `element(i)` for `i` in `0..len` into lanes by `step`, then folds with `combine`.
+#[inline(always)]
+fn reduce(
+    len: usize,
+    start: f32,
+    step: impl Fn(f32, usize) -> f32,
+    combine: impl Fn(f32, f32) -> f32,
+) -> f32 {
+    let mut lanes = [start; LANES];
+    let whole = len - len % LANES;
+    let mut i = 0;
+    while i < whole {
+        for (lane, slot) in lanes.iter_mut().enumerate() {
+            *slot = step(*slot, i + lane);
+        }
+        i += LANES;
+    }
+    for (lane, slot) in lanes.iter_mut().enumerate().take(len - whole) {
+        *slot = step(*slot, whole + lane);
+    }
+    fold(lanes, combine)
+}
+
+/// `sum of x[i] * y[i]`.
+#[inline(always)]
+pub fn dot(x: &[f32], y: &[f32]) -> f32 {
+    assert_eq!(x.len(), y.len());
+    reduce(x.len(), 0.0, |acc, i| x[i].mul_add(y[i], acc), |a, b| a + b)
+}
+
+/// `sum of x[i]`.
+#[inline(always)]
+pub fn sum(x: &[f32]) -> f32 {
+    reduce(x.len(), 0.0, |acc, i| acc + x[i], |a, b| a + b)
+}
+
+/// `max of |x[i]|`, 0 for an empty row. A NaN is passed over.
+#[inline(always)]
+pub fn max_abs(x: &[f32]) -> f32 {
+    reduce(x.len(), 0.0, |acc, i| maximum(acc, x[i].abs()), maximum)
+}
+
+/// `max of x[i]`, negative infinity for an empty row. A NaN is passed over.
+#[inline(always)]
+pub fn max(x: &[f32]) -> f32 {
+    reduce(x.len(), f32::NEG_INFINITY, |acc, i| maximum(acc, x[i]), maximum)
+}
+
+/// The larger of an accumulator and a value; the accumulator if the value is NaN. Spelled as one
+/// comparison so that it is the same everywhere (`f32::max` leaves the sign of zero open).
+#[inline(always)]
+fn maximum(acc: f32, value: f32) -> f32 {
+    if value > acc { value } else { acc }
+}
+
+/// `out = weight * (x / rms(x))`: RMSNorm in f32, `x * (1 / sqrt(mean(x²) + eps))` and then times
+/// the weight, as transformers' `BitNetRMSNorm`.
+#[inline(always)]
+pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    assert!(x.len() == weight.len() && x.len() == out.len());
+    let inverse = 1.0 / (dot(x, x) / x.len() as f32 + eps).sqrt();
+    for i in 0..x.len() {
+        out[i] = weight[i] * (x[i] * inverse);
+    }
+}
+
+/// `e^x` to within 2 units in the last place: 0 below -87.3, infinity above 88.7, NaN for NaN.
+///
+/// Range reduction `x = n ln 2 + r` and the degree-5 polynomial of Cephes' `expf`, with every
+/// multiply-add fused.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LN2_HI: f32 = 0.693_359_4;
+    const LN2_LO: f32 = -2.121_944_4e-4;
+    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    let r = (-n).mul_add(LN2_LO, (-n).mul_add(LN2_HI, x));
+    let mut p = 1.987_569_1e-4f32;
+    p = p.mul_add(r, 1.398_199_9e-3);
+    p = p.mul_add(r, 8.333_452e-3);
+    p = p.mul_add(r, 4.166_579_6e-2);
+    p = p.mul_add(r, 1.666_666_5e-1);
+    p = p.mul_add(r, 0.5);
+    let value = p.mul_add(r * r, r) + 1.0;
+    // 2^n in two factors: n reaches 128, whose power alone is not finite.
+    let exponent = n.clamp(-126.0, 128.0) as i32;
+    let low = exponent >> 1;
+    let power = |k: i32| f32::from_bits(((k + 127) as u32) << 23);
+    let scaled = value * power(low) * power(exponent - low);
+    if x < -87.3 {
+        0.0
+    } else if x > 88.72 {
+        f32::INFINITY
+    } else {
+        scaled
+    }
+}
+
+/// `x / (1 + e^-x)`.
+#[inline(always)]
+pub fn silu(x: f32) -> f32 {
+    x / (1.0 + exp(-x))
+}
+
+/// `max(x, 0)²`. The value is +0 wherever `x <= 0`.
+#[inline(always)]
+pub fn relu2(x: f32) -> f32 {
+    let positive = if x > 0.0 { x } else { 0.0 };
+    positive * positive
+}
+
+/// GELU by its tanh approximation, `x / 2 * (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))`
+/// (`gelu_pytorch_tanh`), written as `x / (1 + e^(-2u))`.
+#[inline(always)]
+pub fn gelu_tanh(x: f32) -> f32 {
+    const SQRT_2_OVER_PI: f32 = 0.797_884_6;
+    let u = SQRT_2_OVER_PI * (0.044_715 * x * x).mul_add(x, x);
+    x / (1.0 + exp(-2.0 * u))
+}
+
+/// Inverse frequencies of rotary position embedding, `theta^(-2i/dim)` for `i` in `0..dim/2`,
+/// each step rounded to f32 as transformers does.
+pub fn rope_inverse_frequencies(theta: f32, dim: usize) -> Vec<f32> {
+    (0..dim / 2)
+        .map(|i| {
+            let exponent = (2 * i) as f32 / dim as f32;
+            1.0 / libm::pow(f64::from(theta), f64::from(exponent)) as f32
+        })
+        .collect()
+}
+
+/// Cosine and sine of the angle `position * inverse_frequency`, the product rounded to f32.
+pub fn rope_angle(position: usize, inverse_frequency: f32) -> (f32, f32) {
+    let angle = f64::from(position as f32 * inverse_frequency);
+    (libm::cos(angle) as f32, libm::sin(angle) as f32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_within_two_units_of_the_last_place() {
+        let mut worst = 0.0f64;
+        for step in 0..400_000 {
+            let x = -87.0 + step as f32 * (175.5 / 400_000.0);
+            let exact = f64::from(x).exp();
+            let ulp = exact * f64::from(f32::EPSILON) / 2.0;
+            worst = worst.max(((f64::from(exp(x)) - exact) / ulp / 2.0).abs());
+        }
+        assert!(worst < 2.0, "{worst} units");
+    }
+
+    #[test]
+    fn exp_at_its_ends() {
+        assert_eq!(exp(0.0), 1.0);
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(-1e30), 0.0);
+        assert_eq!(exp(f32::INFINITY), f32::INFINITY);
+        assert!(exp(88.7).is_finite() && exp(-87.29) > 0.0);
+        assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn reductions_agree_with_plain_sums_at_every_length() {
+        for len in 0..200usize {
+            let x: Vec<f32> = (0..len).map(|i| ((i * 37 % 19) as f32 - 9.0) / 8.0).collect();
+            let y: Vec<f32> = (0..len).map(|i| ((i * 11 % 23) as f32 - 11.0) / 4.0).collect();
+            // Small multiples of powers of two: every order of summation is exact.
+            assert_eq!(dot(&x, &y), x.iter().zip(&y).map(|(a, b)| a * b).sum::<f32>());
+            assert_eq!(sum(&x), x.iter().sum::<f32>());
+            assert_eq!(max_abs(&x), x.iter().fold(0.0, |m, v| v.abs().max(m)));
+        }
+    }
+
+    #[test]
+    fn activations_match_their_definitions() {
+        for step in -400..400 {
+            let x = step as f32 / 20.0;
+            let d = f64::from(x);
+            let tanh = (0.797_884_560_802_865_4 * (d + 0.044715 * d * d * d)).tanh();
+            assert!((f64::from(gelu_tanh(x)) - 0.5 * d * (1.0 + tanh)).abs() < 2e-6);
+            assert!((f64::from(silu(x)) - d / (1.0 + (-d).exp())).abs() < 2e-6);
+            assert_eq!(relu2(x), if x > 0.0 { x * x } else { 0.0 });
+        }
+        assert!(relu2(-0.0).is_sign_positive());
+    }
+}

@@ -1,0 +1,182 @@
+//! A ternary weight matrix with its scales: what every reader produces and every backend loads.
+
+use crate::error::Error;
+
+/// How the integer (or float) products of a ternary matrix become output values.
+///
+/// `acc` is the sum of activation times weight in {-1, 0, +1}; `s_x` is the activation scale
+/// `127 / absmax`, or 1 where activations are not quantised. The order of operations is part of
+/// the definition: it decides the last bit.
+#[derive(Debug, Clone, PartialEq)]
+pub enum WeightScale {
+    /// `y = (acc / s_x) * scale`: `AutoBitLinear` in transformers' `integrations/bitnet.py`, and
+    /// GGUF files.
+    Multiply(f32),
+    /// `y = acc / (s_x * scale)`: `BitLinear` there, and weights ternarised at load, whose scale
+    /// is `1 / mean|W|`.
+    Divide(f32),
+    /// One scale per output row, applied as [`Multiply`](WeightScale::Multiply).
+    Rows(Vec<f32>),
+    /// One scale per `len` consecutive columns of a row, `[rows, cols / len]`:
+    /// `y = (sum over groups of acc_group * scale_group) / s_x`, groups in ascending order.
+    Groups {
+        /// Columns per group; divides the matrix's columns and is a multiple of 4.
+        len: usize,
+        /// Scales, row by row.
+        values: Vec<f32>,
+    },
+}
+
+impl WeightScale {
+    /// All scale values in row-major order.
+    pub fn values(&self) -> &[f32] {
+        match self {
+            WeightScale::Multiply(scale) | WeightScale::Divide(scale) => {
+                std::slice::from_ref(scale)
+            }
+            WeightScale::Rows(values) | WeightScale::Groups { values, .. } => values,
+        }
+    }
+
+    fn check(&self, rows: usize, cols: usize) -> Result<(), Error> {
+        let unusable = |reason: String| Error::WeightScale { rows, cols, reason };
+        match self {
+            WeightScale::Multiply(_) | WeightScale::Divide(_) => {}
+            WeightScale::Rows(values) if values.len() != rows => {
+                return Err(unusable(format!("{} row scales for {rows} rows", values.len())));
+            }
+            WeightScale::Rows(_) => {}
+            WeightScale::Groups { len, values } => {
+                if *len == 0 || len % 4 != 0 || !cols.is_multiple_of(*len) {
+                    return Err(unusable(format!("groups of {len} do not tile {cols} columns")));
+                }
+                if Some(values.len()) != rows.checked_mul(cols / len) {
+                    return Err(unusable(format!("{} scales for groups of {len}", values.len())));
+                }
+            }
+        }
+        if let Some(bad) = self.values().iter().find(|v| !v.is_finite()) {
+            return Err(unusable(format!("{bad} is not a finite number")));
+        }
+        if let WeightScale::Divide(0.0) = self {
+            return Err(unusable("it divides and is zero".to_owned()));
+        }
+        Ok(())
+    }
+}
+
+/// Ternary weights `[rows, cols]` = `[output features, input features]`, 2 bits each.
+///
+/// A weight `w` is stored as the code `w + 1`; four codes per byte, the first in the low bits;
+/// each row starts on a byte, and codes past the last column are 1 (weight 0). This neutral
+/// row-major form passes between readers and backends, which lay it out as their kernels like.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TernaryMatrix {
+    rows: usize,
+    cols: usize,
+    codes: Vec<u8>,
+    scale: WeightScale,
+}
+
+impl TernaryMatrix {
+    /// Builds a matrix row by row: `fill(row, codes)` writes the codes (0, 1 or 2) of one row into
+    /// a buffer of `cols` bytes. A code above 2 is an error that names its place.
+    pub fn from_rows(
+        rows: usize,
+        cols: usize,
+        scale: WeightScale,
+        mut fill: impl FnMut(usize, &mut [u8]),
+    ) -> Result<Self, Error> {
+        scale.check(rows, cols)?;
+        let stride = cols.div_ceil(4);
+        let mut codes = vec![0; rows * stride];
+        let mut row_codes = vec![1; stride * 4];
+        for row in 0..rows {
+            fill(row, &mut row_codes[..cols]);
+            if let Some(column) = row_codes.iter().position(|&code| code > 2) {
+                return Err(Error::IllegalCode { code: row_codes[column], row, column });
+            }
+            let packed = &mut codes[row * stride..(row + 1) * stride];
+            for (byte, four) in packed.iter_mut().zip(row_codes.chunks_exact(4)) {
+                *byte = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6;
+            }
+        }
+        Ok(TernaryMatrix { rows, cols, codes, scale })
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How sums become outputs.
+    pub fn scale(&self) -> &WeightScale {
+        &self.scale
+    }
+
+    /// The packed codes of one row, `cols.div_ceil(4)` bytes.
+    pub fn packed_row(&self, row: usize) -> &[u8] {
+        let stride = self.cols.div_ceil(4);
+        &self.codes[row * stride..(row + 1) * stride]
+    }
+
+    /// The code (weight + 1) at one place.
+    #[inline]
+    pub fn code(&self, row: usize, col: usize) -> u8 {
+        (self.packed_row(row)[col / 4] >> (2 * (col % 4))) & 3
+    }
+
+    /// The weight, -1, 0 or +1, at one place.
+    #[inline]
+    pub fn weight(&self, row: usize, col: usize) -> i8 {
+        self.code(row, col) as i8 - 1
+    }
+
+    /// The share of weights that are zero, 0 to 1.
+    pub fn zero_share(&self) -> f64 {
+        let zeros: usize = (0..self.rows)
+            .map(|row| (0..self.cols).filter(|&col| self.code(row, col) == 1).count())
+            .sum();
+        zeros as f64 / (self.rows * self.cols).max(1) as f64
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(scale: WeightScale, code: u8) -> Result<TernaryMatrix, Error> {
+        TernaryMatrix::from_rows(2, 6, scale, |row, codes| {
+            codes.copy_from_slice(&[0, 1, 2, 0, 1, 2]);
+            codes[5] = if row == 1 { code } else { 2 };
+        })
+    }
+
+    #[test]
+    fn weights_come_back_as_they_were_put_in() {
+        let m = matrix(WeightScale::Multiply(0.5), 0).unwrap();
+        let row1: Vec<i8> = (0..6).map(|col| m.weight(1, col)).collect();
+        assert_eq!(row1, [-1, 0, 1, -1, 0, -1]);
+        assert_eq!(m.packed_row(1).len(), 2);
+        assert_eq!(m.packed_row(1)[1] >> 4, 0b0101, "padding codes are zero weights");
+    }
+
+    #[test]
+    fn code_three_is_refused_with_its_place() {
+        let error = matrix(WeightScale::Multiply(1.0), 3).unwrap_err();
+        assert!(matches!(error, Error::IllegalCode { code: 3, row: 1, column: 5 }));
+    }
+
+    #[test]
+    fn unusable_scales_are_refused() {
+        assert!(matrix(WeightScale::Multiply(f32::NAN), 0).is_err());
+        assert!(matrix(WeightScale::Divide(0.0), 0).is_err());
+        assert!(matrix(WeightScale::Rows(vec![1.0]), 0).is_err());
+        assert!(matrix(WeightScale::Groups { len: 3, values: vec![1.0; 4] }, 0).is_err());
+    }
+}

@@ -1,0 +1,45 @@
+//! Errors of reading a model. Each message is one sentence: file, tensor or field, reason.
+
+use std::path::{Path, PathBuf};
+
+/// Why a model could not be read.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file as a whole is not what it should be.
+    #[error("{}: {reason}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and what to do where that is known.
+        reason: String,
+    },
+    /// One tensor is missing, broken, or contradicts the configuration.
+    #[error("{}: tensor `{tensor}`: {reason}", path.display())]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name in the file.
+        tensor: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A failure below: mapping, memory, tensor sizes.
+    #[error(transparent)]
+    Core(#[from] bitnet_core::Error),
+}
+
+impl Error {
+    /// An error about a whole file.
+    pub fn file(path: &Path, reason: impl ToString) -> Self {
+        Error::File { path: path.to_owned(), reason: reason.to_string() }
+    }
+
+    /// An error about one tensor.
+    pub fn tensor(path: &Path, tensor: &str, reason: impl ToString) -> Self {
+        Error::Tensor {
+            path: path.to_owned(),
+            tensor: tensor.to_owned(),
+            reason: reason.to_string(),
+        }
+    }
+}
