@@ -1,1 +1,4 @@
-//! Placeholder.
+//! Ternary numbers in safe code: how they are packed in files.
+#![forbid(unsafe_code)]
+
+pub mod packing;
