@@ -14,6 +14,10 @@
 /// Virtual lanes of a float reduction.
 pub const LANES: usize = 32;
 
+/// Tokens per split of the keys in attention: split `s` covers the positions
+/// `s * ATTENTION_SPLIT ..` of a sequence, whatever the block size or the number of threads.
+pub const ATTENTION_SPLIT: usize = 512;
+
 /// Folds the lanes of a reduction: halves onto halves, 16, 8, 4, 2, 1.
 #[inline(always)]
 pub fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {

@@ -104,6 +104,31 @@ impl TernaryMatrix {
         Ok(TernaryMatrix { rows, cols, codes, scale })
     }
 
+    /// The same matrix with its rows in another order: row `i` of the result is row `order[i]`.
+    ///
+    /// # Panics
+    /// If `order` has another length than the matrix has rows, or names a row that is not there.
+    pub fn reorder_rows(&self, order: &[usize]) -> Self {
+        assert_eq!(order.len(), self.rows);
+        let stride = self.cols.div_ceil(4);
+        let mut codes = Vec::with_capacity(self.codes.len());
+        for &row in order {
+            codes.extend_from_slice(&self.codes[row * stride..(row + 1) * stride]);
+        }
+        let scale = match &self.scale {
+            WeightScale::Rows(values) => {
+                WeightScale::Rows(order.iter().map(|&row| values[row]).collect())
+            }
+            WeightScale::Groups { len, values } => {
+                let groups = self.cols / len;
+                let values = order.iter().flat_map(|&row| &values[row * groups..][..groups]);
+                WeightScale::Groups { len: *len, values: values.copied().collect() }
+            }
+            single => single.clone(),
+        };
+        TernaryMatrix { rows: self.rows, cols: self.cols, codes, scale }
+    }
+
     /// Output features.
     pub fn rows(&self) -> usize {
         self.rows
@@ -164,6 +189,15 @@ mod tests {
         assert_eq!(row1, [-1, 0, 1, -1, 0, -1]);
         assert_eq!(m.packed_row(1).len(), 2);
         assert_eq!(m.packed_row(1)[1] >> 4, 0b0101, "padding codes are zero weights");
+    }
+
+    #[test]
+    fn rows_move_with_their_scales() {
+        let m = matrix(WeightScale::Rows(vec![0.5, 2.0]), 0).unwrap();
+        let swapped = m.reorder_rows(&[1, 0]);
+        assert_eq!(swapped.packed_row(0), m.packed_row(1));
+        assert_eq!(*swapped.scale(), WeightScale::Rows(vec![2.0, 0.5]));
+        assert_eq!(swapped.reorder_rows(&[1, 0]), m);
     }
 
     #[test]
