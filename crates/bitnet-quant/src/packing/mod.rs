@@ -2,4 +2,5 @@
 
 pub mod blocks;
 pub mod q2_0;
+pub mod tile;
 pub mod tq;
