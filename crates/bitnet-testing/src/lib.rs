@@ -1,6 +1,11 @@
 //! Shared parts of this project's tests: where golden data lies, and what backends must do.
 #![forbid(unsafe_code)]
 
+pub mod conformance;
+mod random;
+
+pub use random::Random;
+
 use std::path::{Path, PathBuf};
 
 fn workspace_root() -> &'static Path {
