@@ -23,20 +23,25 @@ fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
     }
 }
 
+/// See [`Kernels::ternary_int8`].
+fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
+    generic::ternary_int8(tiles, q, stride, acc);
+}
+
 instantiate! {
     name: "scalar",
-    ternary_int8: generic::ternary_int8,
+    ternary_int8: ternary_int8,
     decode_f16: decode_f16,
 }
 
 #[cfg(target_arch = "x86_64")]
 mod fused {
     use super::super::parts::*;
-    use super::decode_f16;
+    use super::{decode_f16, ternary_int8};
 
     instantiate! {
         name: "scalar",
-        ternary_int8: generic::ternary_int8,
+        ternary_int8: ternary_int8,
         decode_f16: decode_f16,
         #[target_feature(enable = "fma")]
     }
