@@ -3,5 +3,6 @@
 
 pub mod error;
 pub mod formats;
+pub mod tokenizer;
 
 pub use error::Error;
