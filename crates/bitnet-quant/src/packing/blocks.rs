@@ -1,13 +1,13 @@
 //! Rows of stored numbers to f32: plain floats and ggml's block formats, to the same bits as
 //! ggml's `dequantize_row_*` (`ggml/src/ggml-quants.c` in llama.cpp).
 //!
-//! No product below is ever rounded twice: an f16 has 11 significant bits, so that `d * scale` and
-//! `d * scale * q` of the formats here are exact in f32 or round once at the end. Whether a
-//! compiler fuses the multiply and the subtraction of `Q4_K` therefore makes no difference.
+//! Every product below is exact: an f16 scale has 11 significant bits, group scales and quants
+//! have at most 13 between them, and f32 has 24. Only the subtraction of `Q4_K` rounds, once, so it
+//! makes no difference whether ggml's compiler fused it with the product.
 
 use bitnet_core::DType;
 
-use super::{q2_0, tq};
+use super::BlockPacking;
 
 /// Decodes one row of `out.len()` elements.
 ///
@@ -49,15 +49,10 @@ pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::Q8_0 => each_block(bytes, out, size, len, q8_0),
         DType::Q4K => each_block(bytes, out, size, len, q4_k),
         DType::Q6K => each_block(bytes, out, size, len, q6_k),
-        DType::Tq1_0 => each_block(bytes, out, size, len, |block, out| {
-            ternary(tq::split(block), tq::decode_tq1_0, out);
-        }),
-        DType::Tq2_0 => each_block(bytes, out, size, len, |block, out| {
-            ternary(tq::split(block), tq::decode_tq2_0, out);
-        }),
-        DType::Q2_0 | DType::Q2_0Wide => each_block(bytes, out, size, len, |block, out| {
-            ternary(q2_0::split(block), q2_0::decode_codes, out);
-        }),
+        DType::Tq1_0 | DType::Tq2_0 | DType::Q2_0 | DType::Q2_0Wide => {
+            let packing = BlockPacking::of(dtype).expect("a ternary block format");
+            each_block(bytes, out, size, len, |block, out| packing.values(block, out));
+        }
         DType::U8 | DType::I8 | DType::I32 | DType::I64 | DType::I2S => {
             panic!("{dtype} has no rows of f32 values")
         }
@@ -157,22 +152,6 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
                 *value = scale * f32::from(q as i8 - 32);
             }
         }
-    }
-}
-
-/// Ternary codes with one scale.
-#[inline(always)]
-fn ternary(
-    (scale, bytes): ([u8; 2], &[u8]),
-    decode_codes: impl Fn(&[u8], &mut [u8]),
-    out: &mut [f32],
-) {
-    let d = f16_to_f32(scale);
-    let mut codes = [0; 256];
-    let codes = &mut codes[..out.len()];
-    decode_codes(bytes, codes);
-    for (value, &code) in out.iter_mut().zip(codes.iter()) {
-        *value = f32::from(code as i8 - 1) * d;
     }
 }
 
