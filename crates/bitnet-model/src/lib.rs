@@ -1,8 +1,13 @@
 //! From files to a runnable decoder: readers, architectures, weights, tokenizer and chat template.
 #![forbid(unsafe_code)]
 
+pub mod arch;
+pub mod config;
+pub mod decoder;
 pub mod error;
 pub mod formats;
+pub mod source;
 pub mod tokenizer;
+pub mod weights;
 
 pub use error::Error;

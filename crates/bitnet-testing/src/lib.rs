@@ -1,6 +1,8 @@
 //! Shared parts of this project's tests: where golden data lies, and what backends must do.
 #![forbid(unsafe_code)]
 
+pub mod golden;
+
 use std::path::{Path, PathBuf};
 
 fn workspace_root() -> &'static Path {

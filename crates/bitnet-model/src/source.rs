@@ -1,0 +1,177 @@
+//! From what a user calls a model to its tensors and description: the built-in model, a Hugging
+//! Face directory, or a GGUF file.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use serde_json::Value;
+
+use crate::arch;
+use crate::config::{Hyperparameters, ModelConfig};
+use crate::error::Error;
+use crate::formats::{self, Tensors, safetensors};
+use crate::tokenizer::{Tokenizer, TokenizerConfig, token_ids_in_json};
+
+/// The name of the model that is built into the program.
+pub const TINY: &str = "tiny";
+
+/// Everything about a model but its weights.
+pub struct Description {
+    /// Where it was read from.
+    pub path: PathBuf,
+    /// Format of the weights, for people.
+    pub format: &'static str,
+    /// Shape and rules of the decoder.
+    pub config: ModelConfig,
+    /// Text to tokens and back.
+    pub tokenizer: Tokenizer,
+    /// Ids that end a text or a turn.
+    pub end_ids: BTreeSet<u32>,
+    /// What was corrected or decided because the files are wrong or silent, for people.
+    pub notes: Vec<String>,
+}
+
+/// A model's description and its tensors, mapped and checked but not yet loaded.
+pub struct Checkpoint {
+    /// All but the weights.
+    pub description: Description,
+    /// The weights as they are stored.
+    pub tensors: Tensors,
+}
+
+/// Opens `model`: `tiny`, a directory, or a file.
+pub fn open(model: &str) -> Result<Checkpoint, Error> {
+    if model == TINY {
+        return open_tiny();
+    }
+    let path = Path::new(model);
+    if !path.exists() {
+        return Err(Error::file(
+            path,
+            "no such file or directory; give the folder of a Hugging Face checkpoint, a .gguf \
+             file, or `tiny` for the model that is built in",
+        ));
+    }
+    if path.is_dir() { open_directory(path) } else { open_file(path) }
+}
+
+/// The files of a Hugging Face checkpoint besides its weights, as bytes.
+struct Sidecars<'a> {
+    /// The model's path, for error messages.
+    path: &'a Path,
+    config: &'a [u8],
+    generation_config: Option<&'a [u8]>,
+    tokenizer: &'a [u8],
+    tokenizer_config: Option<&'a [u8]>,
+    special_tokens_map: Option<&'a [u8]>,
+}
+
+fn open_tiny() -> Result<Checkpoint, Error> {
+    macro_rules! tiny {
+        ($name:literal) => {
+            include_bytes!(concat!("../../../models/tiny/", $name)).as_slice()
+        };
+    }
+    let path = Path::new(TINY);
+    let mut tensors = Tensors::default();
+    let weights = Bytes::from_static(tiny!("model.safetensors"));
+    safetensors::from_bytes(weights, path, &mut tensors)?;
+    let sidecars = Sidecars {
+        path,
+        config: tiny!("config.json"),
+        generation_config: Some(tiny!("generation_config.json")),
+        tokenizer: tiny!("tokenizer.json"),
+        tokenizer_config: Some(tiny!("tokenizer_config.json")),
+        special_tokens_map: Some(tiny!("special_tokens_map.json")),
+    };
+    describe(sidecars, tensors, "built in (safetensors)")
+}
+
+fn open_directory(path: &Path) -> Result<Checkpoint, Error> {
+    let read = |name: &str| match fs::read(path.join(name)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(Error::file(&path.join(name), format!("cannot be read: {error}"))),
+    };
+    let need = |name: &str| {
+        read(name)?.ok_or_else(|| {
+            Error::file(path, format!("has no {name}: it is not a whole Hugging Face checkpoint"))
+        })
+    };
+    let config = need("config.json")?;
+    let tokenizer = need("tokenizer.json")?;
+    let generation_config = read("generation_config.json")?;
+    let tokenizer_config = read("tokenizer_config.json")?;
+    let special_tokens_map = read("special_tokens_map.json")?;
+    let tensors = formats::read_checkpoint(path)?;
+    let sidecars = Sidecars {
+        path,
+        config: &config,
+        generation_config: generation_config.as_deref(),
+        tokenizer: &tokenizer,
+        tokenizer_config: tokenizer_config.as_deref(),
+        special_tokens_map: special_tokens_map.as_deref(),
+    };
+    describe(sidecars, tensors, "Hugging Face")
+}
+
+fn open_file(path: &Path) -> Result<Checkpoint, Error> {
+    Err(Error::file(path, "is not a directory"))
+}
+
+/// Parses a JSON file of a checkpoint.
+fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, Error> {
+    serde_json::from_slice(bytes)
+        .map_err(|error| Error::file(path, format!("is not valid JSON: {error}")))
+}
+
+/// Puts a Hugging Face checkpoint together.
+fn describe(
+    files: Sidecars<'_>,
+    tensors: Tensors,
+    format: &'static str,
+) -> Result<Checkpoint, Error> {
+    let mut notes = Vec::new();
+    let config_path = files.path.join("config.json");
+    let json = parse_json(&config_path, files.config)?;
+    let classes: Vec<&str> = json
+        .get("architectures")
+        .and_then(Value::as_array)
+        .map(|classes| classes.iter().filter_map(Value::as_str).collect())
+        .unwrap_or_default();
+    let Some(architecture) = classes.iter().find_map(|class| arch::for_class(class)) else {
+        return Err(Error::file(
+            &config_path,
+            format!(
+                "`architectures` is {classes:?}, which is not supported; known are {}",
+                arch::known_names()
+            ),
+        ));
+    };
+    let h = Hyperparameters::from_json(&config_path, &json, &tensors);
+    let config = (architecture.describe)(&h, &mut notes)?;
+
+    let in_tokenizer = |error| Error::file(&files.path.join("tokenizer.json"), error);
+    let tokenizer_config =
+        TokenizerConfig::from_json(files.tokenizer_config, files.special_tokens_map)
+            .map_err(in_tokenizer)?;
+    let tokenizer =
+        Tokenizer::from_json(files.tokenizer, &tokenizer_config).map_err(in_tokenizer)?;
+
+    let mut named = token_ids_in_json(json.get("eos_token_id"))
+        .map_err(|error| Error::file(&config_path, error))?;
+    if let Some(bytes) = files.generation_config {
+        let path = files.path.join("generation_config.json");
+        let json = parse_json(&path, bytes)?;
+        named.extend(
+            token_ids_in_json(json.get("eos_token_id"))
+                .map_err(|error| Error::file(&path, error))?,
+        );
+    }
+    let end_ids = tokenizer.end_ids(&named).into_iter().collect();
+    let path = files.path.to_owned();
+    let description = Description { path, format, config, tokenizer, end_ids, notes };
+    Ok(Checkpoint { description, tensors })
+}
