@@ -108,6 +108,33 @@ fn a_tensor_in_two_shards_is_refused() {
     assert!(error.contains("00002-of-00002.safetensors: tensor") && error.contains("twice"));
 }
 
+#[test]
+fn a_torch_file_has_the_same_tensors_as_the_safetensors_file_of_the_same_model() {
+    let (Some(torch), Some(directory)) = (golden("bitnet-bf16-bin"), golden("bitnet-bf16")) else {
+        return;
+    };
+    let tensors = read_checkpoint(&torch).unwrap();
+    let bytes = std::fs::read(directory.join("model.safetensors")).unwrap();
+    let expected = SafeTensors::deserialize(&bytes).unwrap();
+    assert_eq!((tensors.len(), expected.len()), (24, 24));
+    for (name, view) in expected.iter() {
+        let tensor = tensors.get(name).unwrap().unwrap();
+        assert_eq!((tensor.dtype(), tensor.shape()), (DType::BF16, view.shape()), "{name}");
+        assert_eq!(view.data(), &tensor.data()[..], "{name}");
+    }
+}
+
+#[test]
+fn a_sharded_torch_checkpoint_is_read_through_its_index() {
+    let Some(torch) = golden("bitnet-bf16-bin/pytorch_model.bin") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::copy(&torch, folder.path().join("pytorch_model-00001-of-00001.bin")).unwrap();
+    let shard = "pytorch_model-00001-of-00001.bin";
+    let json = format!(r#"{{"weight_map":{{"model.norm.weight":"{shard}"}}}}"#);
+    std::fs::write(folder.path().join("pytorch_model.bin.index.json"), json).unwrap();
+    assert_eq!(read_checkpoint(folder.path()).unwrap().len(), 24);
+}
+
 /// Name, type and shape of a tensor in a GGUF file.
 type Expected = (&'static str, DType, &'static [usize]);
 

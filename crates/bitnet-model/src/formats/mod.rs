@@ -8,8 +8,10 @@
 mod cursor;
 pub mod gguf;
 pub mod index;
+pub mod pickle;
 
 pub mod safetensors;
+mod zip;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -124,15 +126,17 @@ impl Tensors {
 type ReadFile = fn(&Path, &mut Tensors) -> Result<(), Error>;
 
 /// The names a Hugging Face checkpoint can have, best first, and who reads them.
-const CHECKPOINT_FILES: [(&str, ReadFile); 2] = [
+const CHECKPOINT_FILES: [(&str, ReadFile); 4] = [
     ("model.safetensors", safetensors::read),
     ("model.safetensors.index.json", safetensors::read_index),
+    ("pytorch_model.bin", pickle::read),
+    ("pytorch_model.bin.index.json", pickle::read_index),
 ];
 
 /// Reads the tensors of a Hugging Face checkpoint: a directory, or one of its files.
 ///
-/// In a directory `model.safetensors` comes first and then its index of
-/// shards. A single file is told by its name (`*.index.json`) or by its
+/// In a directory `model.safetensors` comes first, then its index of shards, then
+/// `pytorch_model.bin` and its index. A single file is told by its name (`*.index.json`) or by its
 /// first bytes. GGUF has its own entry, [`gguf::read`], because it brings metadata.
 ///
 /// # Errors
@@ -151,10 +155,14 @@ pub fn read_checkpoint(path: &Path) -> Result<Tensors, Error> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".safetensors.index.json") {
         safetensors::read_index(path, &mut tensors)?;
+    } else if name.ends_with(".bin.index.json") {
+        pickle::read_index(path, &mut tensors)?;
     } else {
         let bytes = map_file(path)?;
         if bytes.starts_with(gguf::MAGIC) {
             return Err(Error::file(path, "is a GGUF file, not a Hugging Face checkpoint"));
+        } else if pickle::is_torch(&bytes) {
+            pickle::from_bytes(bytes, path, &mut tensors)?;
         } else {
             safetensors::from_bytes(bytes, path, &mut tensors)?;
         }
