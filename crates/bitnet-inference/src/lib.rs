@@ -1,1 +1,6 @@
-//! Placeholder.
+//! The inference engine: logits to tokens, requests to streams.
+#![forbid(unsafe_code)]
+
+pub mod random;
+pub mod sampler;
+pub mod stop;
