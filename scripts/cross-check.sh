@@ -140,23 +140,34 @@ prepare_aarch64_linux() {
         cannot "apt-get install failed: $(tail -n 1 "$cross/apt/log")"
 }
 
-# cargo with the unpacked compiler and a build folder that leaves the usual one alone.
+# cross_cargo FOLDER ARGUMENT...: cargo with the unpacked compiler and a build folder that leaves
+# the usual one alone. A caller's flags are for the host's processor and stay out.
 cross_cargo() {
     env -u RUSTFLAGS -u CARGO_ENCODED_RUSTFLAGS -u RUSTDOCFLAGS \
         RUSTC="$toolchain/rustc" \
         RUSTDOC="$toolchain/rustdoc" \
-        CARGO_TARGET_DIR="$cross/build" \
+        CARGO_TARGET_DIR="$cross/$1" \
         CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc \
         CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="${emulator[*]}" \
-        cargo "$@"
+        cargo "${@:2}"
+}
+
+# fetch FOLDER TARGET ARGUMENT...: a machine that cannot reach the dependencies of another target
+# is not a failure of the code.
+fetch() {
+    local log=$cross/fetch.log
+    cross_cargo "$1" fetch -q --locked --target "$2" "${@:3}" 2>"$log" ||
+        cannot "cargo cannot fetch the dependencies for $2: $(head -n 1 "$log")"
 }
 
 # There is no prebuilt standard library for these: cargo builds it from the unpacked sources,
 # which takes the compiler's unstable options. Nothing is linked, so no C compiler for the target
-# and no SDK are needed, as long as no dependency compiles C.
+# and no SDK are needed, as long as no dependency compiles C. The folder is another one than
+# build because RUSTC_BOOTSTRAP makes build scripts run again.
 type_check() {
-    RUSTC_BOOTSTRAP=1 cross_cargo check --locked --workspace --target "$1" \
-        -Zbuild-std=std,panic_abort
+    local -x RUSTC_BOOTSTRAP=1
+    fetch check "$1" -Zbuild-std=std,panic_abort
+    cross_cargo check check --locked --workspace --target "$1" -Zbuild-std=std,panic_abort
 }
 
 targets=()
@@ -200,12 +211,13 @@ for target in "${targets[@]}"; do
     case $target in
         aarch64-linux)
             prepare_aarch64_linux
+            fetch build aarch64-unknown-linux-gnu
             if [[ -n $run ]]; then
-                cross_cargo build --locked -p bitnet-cli --target aarch64-unknown-linux-gnu >&2
+                cross_cargo build build --locked -p bitnet-cli --target aarch64-unknown-linux-gnu >&2
                 exec "${emulator[@]}" "$cross/build/aarch64-unknown-linux-gnu/debug/bitnet" \
                     "${arguments[@]}"
             fi
-            cross_cargo test --locked "${crates[@]}" --target aarch64-unknown-linux-gnu \
+            cross_cargo build test --locked "${crates[@]}" --target aarch64-unknown-linux-gnu \
                 -- "${arguments[@]}"
             ;;
         macos) type_check aarch64-apple-darwin ;;
