@@ -79,7 +79,8 @@ prepare_toolchain() {
     local libraries
     libraries=$(apt-cache "${apt[@]}" depends --recurse --important rustc-web 2>/dev/null |
         grep -E '^(libllvm|libstd-rust-web-)[0-9.]+$' | sort -u) ||
-        cannot "apt offers no package rustc-web here (Debian 12 has it)"
+        cannot "apt offers no package rustc-web (Debian 12 has it); apt-get update ended with:" \
+            "$(tail -n 1 "$cross/apt/log")"
     local packages=(rustc-web libstd-rust-web-dev:amd64 libstd-rust-web-dev:arm64 rust-web-src)
     mapfile -t -O "${#packages[@]}" packages <<<"$libraries"
     say "fetching ${packages[*]}"
