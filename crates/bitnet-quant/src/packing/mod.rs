@@ -17,6 +17,7 @@ pub mod blocks;
 pub mod hf;
 pub mod i2_s;
 pub mod q2_0;
+pub mod tile;
 pub mod tq;
 
 use std::ops::Range;
