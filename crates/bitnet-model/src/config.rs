@@ -342,7 +342,7 @@ impl<'a> Hyperparameters<'a> {
         const LARGEST: f64 = (1u64 << 31) as f64;
         match self.number(key)? {
             None => Ok(None),
-            Some(n) if n >= 1.0 && n <= LARGEST && n.fract() == 0.0 => Ok(Some(n as usize)),
+            Some(n) if (1.0..=LARGEST).contains(&n) && n.fract() == 0.0 => Ok(Some(n as usize)),
             Some(n) => Err(self.error(key, format!("is {n}: it must be a positive whole number"))),
         }
     }

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use serde_json::Value;
 
 use crate::arch;
+use crate::chat::ChatTemplate;
 use crate::config::{Hyperparameters, ModelConfig};
 use crate::error::Error;
 use crate::formats::{self, Tensors, safetensors};
@@ -27,6 +28,8 @@ pub struct Description {
     pub config: ModelConfig,
     /// Text to tokens and back.
     pub tokenizer: Tokenizer,
+    /// The chat template, if there is one.
+    pub template: Option<ChatTemplate>,
     /// Ids that end a text or a turn.
     pub end_ids: BTreeSet<u32>,
     /// What was corrected or decided because the files are wrong or silent, for people.
@@ -66,6 +69,8 @@ struct Sidecars<'a> {
     tokenizer: &'a [u8],
     tokenizer_config: Option<&'a [u8]>,
     special_tokens_map: Option<&'a [u8]>,
+    /// `chat_template.jinja`, which stands before the entry in `tokenizer_config.json`.
+    chat_template: Option<&'a [u8]>,
 }
 
 fn open_tiny() -> Result<Checkpoint, Error> {
@@ -85,6 +90,7 @@ fn open_tiny() -> Result<Checkpoint, Error> {
         tokenizer: tiny!("tokenizer.json"),
         tokenizer_config: Some(tiny!("tokenizer_config.json")),
         special_tokens_map: Some(tiny!("special_tokens_map.json")),
+        chat_template: None,
     };
     describe(sidecars, tensors, "built in (safetensors)")
 }
@@ -105,6 +111,7 @@ fn open_directory(path: &Path) -> Result<Checkpoint, Error> {
     let generation_config = read("generation_config.json")?;
     let tokenizer_config = read("tokenizer_config.json")?;
     let special_tokens_map = read("special_tokens_map.json")?;
+    let chat_template = read("chat_template.jinja")?;
     let tensors = formats::read_checkpoint(path)?;
     let sidecars = Sidecars {
         path,
@@ -113,6 +120,7 @@ fn open_directory(path: &Path) -> Result<Checkpoint, Error> {
         tokenizer: &tokenizer,
         tokenizer_config: tokenizer_config.as_deref(),
         special_tokens_map: special_tokens_map.as_deref(),
+        chat_template: chat_template.as_deref(),
     };
     describe(sidecars, tensors, "Hugging Face")
 }
@@ -160,6 +168,21 @@ fn describe(
     let tokenizer =
         Tokenizer::from_json(files.tokenizer, &tokenizer_config).map_err(in_tokenizer)?;
 
+    let template = match (files.chat_template, &tokenizer_config.chat_template) {
+        (Some(source), _) => {
+            let in_template =
+                |reason: String| Error::file(&files.path.join("chat_template.jinja"), reason);
+            let source = std::str::from_utf8(source)
+                .map_err(|error| in_template(format!("is not UTF-8: {error}")))?;
+            Some(ChatTemplate::new(source).map_err(|error| in_template(error.to_string()))?)
+        }
+        (None, Some(entry)) => {
+            let path = files.path.join("tokenizer_config.json");
+            Some(ChatTemplate::from_entry(entry).map_err(|error| Error::file(&path, error))?)
+        }
+        (None, None) => None,
+    };
+
     let mut named = token_ids_in_json(json.get("eos_token_id"))
         .map_err(|error| Error::file(&config_path, error))?;
     if let Some(bytes) = files.generation_config {
@@ -172,6 +195,6 @@ fn describe(
     }
     let end_ids = tokenizer.end_ids(&named).into_iter().collect();
     let path = files.path.to_owned();
-    let description = Description { path, format, config, tokenizer, end_ids, notes };
+    let description = Description { path, format, config, tokenizer, template, end_ids, notes };
     Ok(Checkpoint { description, tensors })
 }
