@@ -199,6 +199,49 @@ fn rows_of_plain_floats_decode_from_any_alignment() {
 }
 
 #[test]
+fn ggml_embedding_blocks_have_the_values_of_the_gguf_package() {
+    // Two blocks of a fixed byte pattern, dequantised by the Python package gguf 0.19.0: values 1,
+    // len / 3 and len - 2, and the sum of (i + 1) * value[i], which is exact in f64.
+    // scripts/check_gguf_blocks.py compares many more.
+    for (dtype, scales_at, expected, weighted_sum) in [
+        (
+            DType::Q8_0,
+            &[0][..],
+            [-6.88592529296875, -4.17034912109375, -7.66180419921875],
+            -2994.892578125,
+        ),
+        (
+            DType::Q4K,
+            &[0, 2],
+            [21.66961669921875, 29.95751953125, 46.69281005859375],
+            4569302.001953125,
+        ),
+        (
+            DType::Q6K,
+            &[208],
+            [-118.22454833984375, -6.11004638671875, 55.76629638671875],
+            363113.65576171875,
+        ),
+    ] {
+        let size = dtype.block_bytes();
+        let mut file: Vec<u8> =
+            (0..2 * size).map(|i| ((i * i * 7 + i * 37 + 11) % 256) as u8).collect();
+        for block in file.chunks_exact_mut(size) {
+            for (at, high) in scales_at.iter().zip([0x2e, 0xb3]) {
+                block[*at..*at + 2].copy_from_slice(&[0x35, high]);
+            }
+        }
+        let mut values = vec![0.0; 2 * dtype.block_len()];
+        blocks::decode_row(dtype, &file, &mut values);
+        let len = values.len();
+        let picked = [values[1], values[len / 3], values[len - 2]].map(f64::from);
+        assert_eq!(picked, expected, "{dtype}");
+        let sum: f64 = (1..).zip(&values).map(|(i, &value)| f64::from(i) * f64::from(value)).sum();
+        assert_eq!(sum, weighted_sum, "{dtype}");
+    }
+}
+
+#[test]
 fn code_three_is_refused_with_its_place_in_every_two_bit_packing() {
     // One code 3 at row 5, column 130 of [8, 256] zeros; the bytes it lies in by hand.
     let refused = |result: Result<TernaryMatrix, Error>| match result {
@@ -394,6 +437,27 @@ proptest! {
         let (decoded, original) = came_back(WeightScale::Groups { len, values: scales });
         prop_assert_eq!(values(&decoded), values(&original));
         prop_assert!(cols == len || decoded == original);
+    }
+
+    #[test]
+    fn q2_0_bytes_follow_the_formula_of_ggml(
+        (rows, cols, codes) in any_codes(128),
+        dtype in proptest::sample::select(&[DType::Q2_0, DType::Q2_0Wide]),
+    ) {
+        let (len, size) = (dtype.block_len(), dtype.block_bytes());
+        let mut expected = vec![0u8; rows * cols / len * size];
+        for (i, code) in codes.iter().enumerate() {
+            let (block, j) = (i / len, i % len);
+            let start = block * size;
+            expected[start + 2 + j / 4] |= code << (2 * (j % 4));
+            if *code != 1 {
+                expected[start..start + 2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+            }
+        }
+        let matrix = matrix(rows, cols, WeightScale::Multiply(1.0), &codes);
+        prop_assert_eq!(encode_ternary(&matrix, dtype).unwrap(), &expected[..]);
+        let tensor = packed(dtype, &[rows, cols], expected);
+        prop_assert_eq!(weights(&decode_ternary(&tensor, I2sLayout::X86).unwrap()), weights(&matrix));
     }
 
     #[test]

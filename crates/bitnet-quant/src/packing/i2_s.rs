@@ -10,6 +10,7 @@
 //! No tool writes a last block that is not full (the converter fails, the quantiser leaves its weights
 //! out), so there is no such block to read: it is refused.
 
+use std::ops::Range;
 use std::str::FromStr;
 
 use bitnet_core::{DType, Error, Tensor, TernaryMatrix, WeightScale};
@@ -80,16 +81,28 @@ pub fn decode(tensor: &Tensor, layout: I2sLayout) -> Result<TernaryMatrix, Error
 }
 
 /// Codes `start ..` of the flat run of blocks with `BYTES` bytes.
-fn decode_run<const BYTES: usize>(bytes: &[u8], mut start: usize, mut codes: &mut [u8]) {
-    while !codes.is_empty() {
-        let quarter = start / BYTES;
-        let block = &bytes[quarter / 4 * BYTES..][..BYTES];
-        let skip = start % BYTES;
-        let (piece, rest) = codes.split_at_mut(codes.len().min(BYTES - skip));
-        decode_quarter(&block[skip..], quarter % 4, piece);
-        start += piece.len();
+fn decode_run<const BYTES: usize>(bytes: &[u8], start: usize, mut codes: &mut [u8]) {
+    for (places, l) in pieces::<BYTES>(start, codes.len()) {
+        let (piece, rest) = codes.split_at_mut(places.len());
+        decode_quarter(&bytes[places], l, piece);
         codes = rest;
     }
+}
+
+/// Cuts `len` weights from flat index `start` on where a block's quarters begin. Gives the bytes
+/// that each piece lies in, and its quarter `l`.
+fn pieces<const BYTES: usize>(
+    mut start: usize,
+    len: usize,
+) -> impl Iterator<Item = (Range<usize>, usize)> {
+    let end = start + len;
+    std::iter::from_fn(move || {
+        let (quarter, m) = (start / BYTES, start % BYTES);
+        let len = (BYTES - m).min(end - start);
+        let first = quarter / 4 * BYTES + m;
+        start += len;
+        (len > 0).then_some((first..first + len, quarter % 4))
+    })
 }
 
 /// The codes in bits `6 - 2 l` of every byte.
@@ -127,9 +140,13 @@ pub fn encode(matrix: &TernaryMatrix) -> Result<Vec<u8>, Error> {
     let mut codes = vec![0; cols];
     for row in 0..rows {
         unpack_row(matrix, row, &mut codes);
-        for (element, code) in (row * cols..).zip(&codes) {
-            let (block, within) = (element / 128, element % 128);
-            packed[32 * block + within % 32] |= code << (6 - 2 * (within / 32));
+        let mut codes = &codes[..];
+        for (places, l) in pieces::<32>(row * cols, cols) {
+            let (piece, rest) = codes.split_at(places.len());
+            for (byte, code) in packed[places].iter_mut().zip(piece) {
+                *byte |= code << (6 - 2 * l);
+            }
+            codes = rest;
         }
     }
     Ok(bytes)

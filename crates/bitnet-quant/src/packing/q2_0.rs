@@ -14,6 +14,7 @@ pub(super) const PACKING: BlockPacking =
 
 fn encode(codes: &[u8], bytes: &mut [u8]) {
     for (byte, four) in bytes.iter_mut().zip(codes.as_chunks::<4>().0) {
-        *byte = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6;
+        let four = u32::from_le_bytes(*four);
+        *byte = (four | four >> 6 | four >> 12 | four >> 18) as u8;
     }
 }
