@@ -203,11 +203,20 @@ fn greedy_takes_the_largest_logit_and_of_equal_ones_the_lowest_id() {
 }
 
 #[test]
-fn greedy_heeds_bias_and_penalties_and_no_filter() {
+fn greedy_takes_the_largest_logit_even_where_typical_would_remove_it() {
+    let mut logits = vec![3.0; 31];
+    logits[12] = 3.5;
+    let typical = Filter::Typical(0.5);
+    assert!(kept(&logits, std::slice::from_ref(&typical), &[]).iter().all(|k| k.0 != 12));
+    let params = SamplingParams { typical_p: 0.5, ..Default::default() };
+    assert_eq!(token(Sampler::new(&params).unwrap().sample(&logits, &[], 0)), 12);
+}
+
+#[test]
+fn greedy_heeds_bias_and_penalties() {
     let params = SamplingParams {
         logit_bias: vec![(0, f32::NEG_INFINITY), (7, 100.0)],
         repetition_penalty: 2.0,
-        typical_p: 0.01,
         ..Default::default()
     };
     let mut sampler = Sampler::new(&params).unwrap();
@@ -431,6 +440,29 @@ proptest! {
         let mut ids = ids(&kept);
         ids.dedup();
         prop_assert_eq!(ids.len(), kept.len());
+    }
+
+    #[test]
+    fn a_chain_does_what_its_filters_do_one_by_one(
+        logits in some_logits(),
+        filters in prop::collection::vec(some_filter(), 0..5),
+        history in prop::collection::vec(0u32..70, 0..20),
+    ) {
+        let together = kept(&logits, &filters, &history);
+        let mut candidates = Candidates::default();
+        candidates.set_logits(&logits).unwrap();
+        let mut apart = Vec::new();
+        for filter in filters.into_iter().chain([Filter::MinP(0.0)]) {
+            let mut chain = Chain::new(vec![filter]).unwrap();
+            let history = History::new(&history, history.len());
+            let kept = chain.apply(&mut candidates, history).unwrap();
+            let left = kept.candidates().to_vec();
+            apart = left.iter().map(|c| c.id).zip(kept.probabilities()).collect();
+            // Candidates anew, so that nothing known of the old ones can be used.
+            candidates = Candidates::default();
+            candidates.set_candidates(&left).unwrap();
+        }
+        prop_assert_eq!(together, apart);
     }
 
     #[test]

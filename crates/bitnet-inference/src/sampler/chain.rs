@@ -38,7 +38,8 @@ fn last(tokens: &[u32], n: Option<usize>) -> &[u32] {
 /// f32, probabilities in f64.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Filter {
-    /// Adds a number to the logits of given tokens; negative infinity bans one.
+    /// Adds a number to the logits of given tokens; negative infinity bans one. Several for one
+    /// token add up.
     LogitBias(Vec<(u32, f32)>),
     /// Divides the positive logits of tokens in prompt or output by `penalty` and multiplies
     /// the negative ones by it (Keskar et al. 2019, as Hugging Face does it).
@@ -149,19 +150,19 @@ impl Filter {
         &self,
         candidates: &mut Candidates,
         history: History<'_>,
-        scratch: &mut Scratch,
+        sorted: &mut Vec<u32>,
     ) -> Result<(), SampleError> {
         match *self {
             Filter::LogitBias(ref biases) => {
                 candidates.map_tokens(biases.iter().copied(), |logit, bias| logit + bias)?;
             }
             Filter::RepetitionPenalty { penalty, last_n } => {
-                candidates.map_tokens(scratch.count(history.all(last_n)), |logit, _| {
+                candidates.map_tokens(count(history.all(last_n), sorted), |logit, _| {
                     if logit < 0.0 { logit * penalty } else { logit / penalty }
                 })?;
             }
             Filter::PresenceFrequency { presence, frequency, last_n } => {
-                candidates.map_tokens(scratch.count(history.output(last_n)), |logit, count| {
+                candidates.map_tokens(count(history.output(last_n), sorted), |logit, count| {
                     logit - frequency * count as f32 - presence
                 })?;
             }
@@ -189,29 +190,12 @@ impl Filter {
             }
             Filter::MinP(p) => {
                 let least = f64::from(candidates.best()?.logit) + libm::log(p);
-                candidates.retain(|_, candidate| f64::from(candidate.logit) >= least);
+                candidates.retain(|candidate| f64::from(candidate.logit) >= least);
             }
             Filter::Typical(p) => {
                 let distribution = candidates.distribution()?;
-                let entropy = distribution.entropy();
-                let Scratch { distances, places, .. } = scratch;
-                distances.clear();
-                distances.extend(distribution.surprisals().map(|s| (s - entropy).abs()));
-                places.clear();
-                places.extend(0..distances.len());
-                // Places are in rank order, which so decides between equal distances.
-                let nearer =
-                    |&a: &usize, &b: &usize| distances[a].total_cmp(&distances[b]).then(a.cmp(&b));
-                places.sort_unstable_by(nearer);
-                let mut mass = 0.0;
-                let last = places.iter().find(|&&place| {
-                    mass += distribution.weights[place];
-                    mass >= p * distribution.total
-                });
-                if let Some(&last) = last {
-                    let farthest = distances[last];
-                    candidates.retain(|place, _| distances[place] <= farthest);
-                }
+                let range = distribution.around(distribution.entropy(), p * distribution.total);
+                candidates.keep_range(range);
             }
             Filter::EpsilonCutoff(epsilon) => keep_probable(candidates, epsilon)?,
             Filter::EtaCutoff(epsilon) => {
@@ -231,29 +215,20 @@ fn keep_probable(candidates: &mut Candidates, least: f64) -> Result<(), SampleEr
     Ok(())
 }
 
-/// Room that filters need, kept from one position to the next.
-#[derive(Debug, Clone, Default)]
-struct Scratch {
-    seen: Vec<u32>,
-    distances: Vec<f64>,
-    places: Vec<usize>,
-}
-
-impl Scratch {
-    /// Every token that occurs, with its number of occurrences.
-    fn count(&mut self, tokens: &[u32]) -> impl Iterator<Item = (u32, usize)> {
-        self.seen.clear();
-        self.seen.extend_from_slice(tokens);
-        self.seen.sort_unstable();
-        self.seen.chunk_by(|a, b| a == b).map(|run| (run[0], run.len()))
-    }
+/// Every token that occurs, with its number of occurrences. `sorted` is room to work in.
+fn count(tokens: &[u32], sorted: &mut Vec<u32>) -> impl Iterator<Item = (u32, usize)> {
+    sorted.clear();
+    sorted.extend_from_slice(tokens);
+    sorted.sort_unstable();
+    sorted.chunk_by(|a, b| a == b).map(|run| (run[0], run.len()))
 }
 
 /// Filters in the order in which they apply.
 #[derive(Debug, Clone, Default)]
 pub struct Chain {
     filters: Vec<Filter>,
-    scratch: Scratch,
+    /// Room for a sorted history, kept from one position to the next.
+    sorted: Vec<u32>,
 }
 
 impl Chain {
@@ -263,7 +238,7 @@ impl Chain {
     /// If a filter has a number it cannot work with.
     pub fn new(filters: Vec<Filter>) -> Result<Self, InvalidParameter> {
         filters.iter().try_for_each(Filter::validate)?;
-        Ok(Self { filters, scratch: Scratch::default() })
+        Ok(Self { filters, sorted: Vec::new() })
     }
 
     /// The filters in their order.
@@ -290,7 +265,7 @@ impl Chain {
         candidates: &mut Candidates,
         history: History<'_>,
     ) -> Result<(), SampleError> {
-        let Self { filters, scratch } = self;
-        filters.iter().try_for_each(|filter| filter.apply(candidates, history, scratch))
+        let Self { filters, sorted } = self;
+        filters.iter().try_for_each(|filter| filter.apply(candidates, history, sorted))
     }
 }
