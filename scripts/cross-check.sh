@@ -26,8 +26,8 @@ options, of aarch64-linux only
   --run          run the bitnet program with the arguments after --, its output alone on stdout
   -- ARGUMENT... passed to the test programs, such as the name of a test
 
-Exit status: 0 all passed, 1 something failed, 2 wrong usage, 77 this machine cannot do it
-(the reason follows "skipped:").
+Exit status: 0 all passed, 2 wrong usage, 77 this machine cannot do it (the reason follows
+"skipped:"), otherwise that of the cargo command, or of bitnet, that failed.
 USAGE
 }
 
