@@ -8,7 +8,8 @@ use std::collections::BTreeMap;
 use std::ops::Range;
 
 use super::cursor::Cursor;
-use super::{DOWNLOAD_AGAIN, MAX_TENSORS, excerpt};
+use super::{DOWNLOAD_AGAIN, MAX_TENSORS};
+use crate::error::excerpt;
 
 /// Entries by name, as byte ranges of the archive.
 pub(super) type Directory<'a> = BTreeMap<&'a str, Range<usize>>;
