@@ -7,6 +7,7 @@ pub mod config;
 pub mod decoder;
 pub mod error;
 pub mod formats;
+mod known;
 pub mod source;
 pub mod tokenizer;
 pub mod weights;

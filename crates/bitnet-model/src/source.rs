@@ -5,6 +5,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use bitnet_core::mmap::map_file;
 use bytes::Bytes;
 use serde_json::Value;
 
@@ -12,8 +13,10 @@ use crate::arch;
 use crate::chat::ChatTemplate;
 use crate::config::{Hyperparameters, ModelConfig};
 use crate::error::Error;
+use crate::formats::gguf::{self, GgufFile};
 use crate::formats::{self, Tensors, safetensors};
-use crate::tokenizer::{Tokenizer, TokenizerConfig, token_ids_in_json};
+use crate::known;
+use crate::tokenizer::{GgufVocabulary, Tokenizer, TokenizerConfig, token_ids_in_json};
 
 /// The name of the model that is built into the program.
 pub const TINY: &str = "tiny";
@@ -57,7 +60,7 @@ pub fn open(model: &str) -> Result<Checkpoint, Error> {
              file, or `tiny` for the model that is built in",
         ));
     }
-    if path.is_dir() { open_directory(path) } else { open_file(path) }
+    if path.is_dir() { open_directory(path, path) } else { open_file(path) }
 }
 
 /// The files of a Hugging Face checkpoint besides its weights, as bytes.
@@ -95,7 +98,8 @@ fn open_tiny() -> Result<Checkpoint, Error> {
     describe(sidecars, tensors, "built in (safetensors)")
 }
 
-fn open_directory(path: &Path) -> Result<Checkpoint, Error> {
+/// Opens a Hugging Face directory with the weights in `weights`: the directory itself, or one file.
+fn open_directory(path: &Path, weights: &Path) -> Result<Checkpoint, Error> {
     let read = |name: &str| match fs::read(path.join(name)) {
         Ok(bytes) => Ok(Some(bytes)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
@@ -112,7 +116,7 @@ fn open_directory(path: &Path) -> Result<Checkpoint, Error> {
     let tokenizer_config = read("tokenizer_config.json")?;
     let special_tokens_map = read("special_tokens_map.json")?;
     let chat_template = read("chat_template.jinja")?;
-    let tensors = formats::read_checkpoint(path)?;
+    let tensors = formats::read_checkpoint(weights)?;
     let sidecars = Sidecars {
         path,
         config: &config,
@@ -125,8 +129,51 @@ fn open_directory(path: &Path) -> Result<Checkpoint, Error> {
     describe(sidecars, tensors, "Hugging Face")
 }
 
+/// Opens a GGUF file, or the weights of the Hugging Face checkpoint in whose directory they lie.
 fn open_file(path: &Path) -> Result<Checkpoint, Error> {
-    Err(Error::file(path, "is not a directory"))
+    let bytes = map_file(path)?;
+    if bytes.starts_with(gguf::MAGIC) {
+        return describe_gguf(gguf::from_bytes(bytes, path)?, path);
+    }
+    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    open_directory(directory.unwrap_or(Path::new(".")), path)
+}
+
+/// Puts a GGUF file together.
+fn describe_gguf(file: GgufFile, path: &Path) -> Result<Checkpoint, Error> {
+    let GgufFile { metadata, tensors } = file;
+    let mut notes = Vec::new();
+    let name: &str = metadata.require("general.architecture")?;
+    let Some(architecture) = arch::for_gguf(name) else {
+        return Err(Error::file(
+            path,
+            format!(
+                "`general.architecture` is `{}`, which is not supported; known are {}",
+                name.escape_debug(),
+                arch::known_names()
+            ),
+        ));
+    };
+    let h = Hyperparameters::from_gguf(path, &metadata, name, &tensors);
+    let config = (architecture.describe)(&h, &mut notes)?;
+
+    let vocabulary = GgufVocabulary::from_metadata(&metadata)?;
+    let (tokenizer, tokenizer_notes) =
+        Tokenizer::from_gguf(vocabulary).map_err(|error| Error::file(path, error))?;
+    notes.extend(tokenizer_notes);
+    let mut named = Vec::new();
+    for key in ["eos", "eot", "eom"] {
+        named.extend(metadata.get::<u32>(&format!("tokenizer.ggml.{key}_token_id"))?);
+    }
+    let end_ids = tokenizer.end_ids(&named).into_iter().collect();
+    let template = known::template(name, metadata.get("tokenizer.chat_template")?, &mut notes)
+        .map(ChatTemplate::new)
+        .transpose()
+        .map_err(|error| Error::file(path, error))?;
+    let path = path.to_owned();
+    let format = "GGUF";
+    let description = Description { path, format, config, tokenizer, template, end_ids, notes };
+    Ok(Checkpoint { description, tensors })
 }
 
 /// Parses a JSON file of a checkpoint.
