@@ -1,11 +1,14 @@
 //! The tokenizer against vectors made by Hugging Face's `tokenizers` and by llama.cpp.
 
+use std::collections::HashMap;
 use std::path::PathBuf;
 
+use bitnet_model::formats::gguf;
 use bitnet_model::tokenizer::{
-    Detokenizer, Special, Tokenizer, TokenizerConfig, TokenizerError, token_ids_in_json,
+    Detokenizer, GgufVocabulary, Special, Tokenizer, TokenizerConfig, TokenizerError,
+    token_ids_in_json,
 };
-use bitnet_testing::golden;
+use bitnet_testing::{golden, shared_data};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -291,4 +294,247 @@ fn the_special_tokens_map_completes_the_configuration() {
     assert_eq!(config.bos_token.as_deref(), Some("<s>"));
     let error = TokenizerConfig::from_json(Some(br#"{"bos_token": 3}"#), None).unwrap_err();
     assert!(error.to_string().contains("`bos_token`"), "{error}");
+}
+
+/// The vocabulary of a golden GGUF file.
+fn gguf_vocabulary(path: Option<PathBuf>) -> Option<GgufVocabulary> {
+    let file = gguf::read(&path?).unwrap();
+    Some(GgufVocabulary::from_metadata(&file.metadata).unwrap())
+}
+
+#[test]
+fn the_vocabulary_in_a_gguf_encodes_as_its_tokenizer_json_does() {
+    let Some(vocabulary) = gguf_vocabulary(golden("gguf/bitnet-packed-TQ2_0.gguf")) else { return };
+    let Some(vectors) = encode_vectors() else { return };
+    let (tokenizer, notes) = Tokenizer::from_gguf(vocabulary).unwrap();
+    assert!(notes.is_empty());
+    assert_encodes_all(&tokenizer, &vectors);
+    assert_eq!((tokenizer.bos(), tokenizer.eos()), (Some(1012), Some(1013)));
+    assert_eq!(tokenizer.end_ids(&[]), [1013, 1020, 1021]);
+}
+
+#[test]
+fn the_trained_models_ggufs_encode_as_its_tokenizer_json_does() {
+    let Some(path) = golden("tiny-trained/tokenizer.json") else { return };
+    let config = TokenizerConfig::default();
+    let expected = Tokenizer::from_json(&std::fs::read(path).unwrap(), &config).unwrap();
+    let Some(vectors) = encode_vectors() else { return };
+    for name in ["gguf/tiny-trained-TQ2_0.gguf", "gguf/tiny-trained-I2_S.gguf"] {
+        let Some(vocabulary) = gguf_vocabulary(shared_data(name)) else { return };
+        let (tokenizer, _) = Tokenizer::from_gguf(vocabulary).unwrap();
+        assert_eq!(tokenizer.vocab_size(), 2048);
+        for Encoded { text, .. } in &vectors {
+            for special in [Special::Recognised, Special::AsText] {
+                assert_eq!(
+                    tokenizer.encode(text, true, special).unwrap(),
+                    expected.encode(text, true, special).unwrap(),
+                    "{name}: {text:?}"
+                );
+            }
+        }
+        for id in 0..2048 {
+            assert_eq!(tokenizer.token_bytes(id), expected.token_bytes(id));
+            assert_eq!(tokenizer.is_special(id), expected.is_special(id));
+        }
+    }
+}
+
+/// A byte-level vocabulary with all bytes and the merge of `1` and `2`, filled up to `size`.
+fn byte_level_vocabulary(pre: Option<&str>, size: usize) -> GgufVocabulary {
+    let mut tokens: Vec<String> = ('!'..='~').map(String::from).collect();
+    tokens.extend(["Ġ", "Ċ", "Ì", "ģ", "Ã", "©", "12", "123", "Ġa"].map(String::from));
+    tokens.extend((tokens.len()..size).map(|index| format!("<unused {index}>")));
+    GgufVocabulary {
+        model: "gpt2".into(),
+        pre: pre.map(str::to_owned),
+        tokens,
+        merges: ["1 2", "Ġ a"].map(String::from).to_vec(),
+        ..GgufVocabulary::default()
+    }
+}
+
+#[test]
+fn each_pre_tokeniser_splits_numbers_and_accents_in_its_own_way() {
+    let pieces = |pre: &str, text: &str| -> Vec<String> {
+        let (tokenizer, _) = Tokenizer::from_gguf(byte_level_vocabulary(Some(pre), 103)).unwrap();
+        let ids = tokenizer.encode(text, false, Special::Recognised).unwrap();
+        ids.iter()
+            .map(|id| String::from_utf8_lossy(tokenizer.token_bytes(*id).unwrap()).into_owned())
+            .collect()
+    };
+    for llama_3 in ["llama-bpe", "llama3", "llama-v3", "falcon3", "falcon-e"] {
+        assert_eq!(pieces(llama_3, "123412 a"), ["123", "4", "12", " a"], "{llama_3}");
+    }
+    // Without ignore_merges no merge makes `123`.
+    assert_eq!(pieces("smaug-bpe", "123412"), ["12", "3", "4", "12"]);
+    assert_eq!(pieces("qwen2", "12 a"), ["1", "2", " a"]);
+    assert_eq!(pieces("gpt-2", "123412"), ["12", "3", "4", "12"]);
+    // Qwen composes e and U+0301 to é.
+    assert_eq!(pieces("qwen2", "e\u{301}").len(), 2);
+    assert_eq!(pieces("gpt-2", "e\u{301}"), ["e", "\u{fffd}", "\u{fffd}"]);
+}
+
+#[test]
+fn a_missing_pre_tokeniser_is_llama_3s_if_the_vocabulary_has_its_size_and_says_so() {
+    let (tokenizer, notes) = Tokenizer::from_gguf(byte_level_vocabulary(None, 128_256)).unwrap();
+    assert_eq!(notes.len(), 1);
+    assert!(notes[0].contains("tokenizer.ggml.pre"), "{notes:?}");
+    let ids = tokenizer.encode("1234", false, Special::Recognised).unwrap();
+    assert_eq!(ids, [tokenizer.id_of("123").unwrap(), tokenizer.id_of("4").unwrap()]);
+    let Err(error) = Tokenizer::from_gguf(byte_level_vocabulary(None, 103)) else { panic!() };
+    assert!(error.to_string().contains("does not name its pre-tokeniser"), "{error}");
+}
+
+/// How to break a vocabulary, and words that the error must contain.
+type VocabularyBreakage = (fn(&mut GgufVocabulary), &'static str);
+
+#[test]
+fn a_broken_gguf_vocabulary_is_refused_with_a_sentence_about_the_broken_entry() {
+    let cases: [VocabularyBreakage; 9] = [
+        (|v| v.model = "bert".into(), "`bert`"),
+        (|v| v.pre = Some("tekken".into()), "`tekken`"),
+        (|v| v.token_types = vec![1], "token_type has 1 entries for 103 tokens"),
+        (|v| v.token_types = vec![7; 103], "unknown type 7"),
+        (|v| v.merges[0] = "1 \u{1F999}".into(), "needs the token"),
+        (|v| v.merges[0] = "12".into(), "not two tokens"),
+        (|v| v.tokens[1] = "!".into(), "twice"),
+        (|v| v.bos = Some(103), "token id 103 is not in the vocabulary"),
+        (|v| v.model = "llama".into(), "scores has 0 entries for 103 tokens"),
+    ];
+    for (breakage, expected) in cases {
+        let mut vocabulary = byte_level_vocabulary(Some("llama-bpe"), 103);
+        breakage(&mut vocabulary);
+        match Tokenizer::from_gguf(vocabulary) {
+            Ok(_) => panic!("accepted where `{expected}` was expected"),
+            Err(error) => assert!(error.to_string().contains(expected), "{expected}: {error}"),
+        }
+    }
+}
+
+/// Tokens with their scores and types, as a `llama` vocabulary.
+fn llama_vocabulary(pieces: &[(&str, f32, i64)]) -> GgufVocabulary {
+    let mut vocabulary = GgufVocabulary { model: "llama".into(), ..GgufVocabulary::default() };
+    for &(token, score, token_type) in pieces {
+        vocabulary.tokens.push(token.to_owned());
+        vocabulary.scores.push(score);
+        vocabulary.token_types.push(token_type);
+    }
+    vocabulary.bos = Some(1);
+    vocabulary.eos = Some(2);
+    vocabulary
+}
+
+#[test]
+fn a_llama_vocabulary_merges_by_score_and_falls_back_to_bytes() {
+    let mut pieces = vec![("<unk>", 0.0, 2), ("<s>", 0.0, 3), ("</s>", 0.0, 3)];
+    let bytes: Vec<String> = (0..=255).map(|byte| format!("<0x{byte:02X}>")).collect();
+    pieces.extend(bytes.iter().map(|name| (name.as_str(), 0.0, 6)));
+    // "ab" before "bc" before "▁a"; then "abc" of either split.
+    pieces.extend([("ab", -1.0, 1), ("bc", -2.0, 1), ("abc", -3.0, 1), ("▁a", -4.0, 1)]);
+    pieces.extend([("▁", -5.0, 1), ("a", -6.0, 1), ("b", -7.0, 1), ("c", -8.0, 1)]);
+    let (tokenizer, _) = Tokenizer::from_gguf(llama_vocabulary(&pieces)).unwrap();
+    let names = |text: &str, special: Special| -> Vec<&str> {
+        let ids = tokenizer.encode(text, true, special).unwrap();
+        ids.iter().map(|id| pieces[*id as usize].0).collect()
+    };
+    let recognised = |text| names(text, Special::Recognised);
+    assert_eq!(recognised("abc"), ["<s>", "▁", "abc"]);
+    assert_eq!(recognised("a bcé"), ["<s>", "▁a", "▁", "bc", "<0xC3>", "<0xA9>"]);
+    assert_eq!(recognised("a</s>a"), ["<s>", "▁a", "</s>", "▁a"]);
+    assert_eq!(recognised(""), ["<s>"]);
+    assert_eq!(names("</s>", Special::AsText).len(), 1 + 1 + 4);
+    // Names of bytes in a text are text.
+    assert_eq!(recognised("<0x41>").len(), 1 + 1 + 6);
+    for text in ["abc", " a  bcé\n", "</s>", "<0x41>", "🦙"] {
+        let ids = tokenizer.encode(text, true, Special::AsText).unwrap();
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+    }
+    // What continues a text keeps its space.
+    let mut within = Detokenizer::within(true);
+    assert_eq!(within.push(&tokenizer, tokenizer.id_of("▁a").unwrap()).unwrap(), " a");
+}
+
+/// A tokenizer on the Llama-3 ranks: base64 of a token's bytes, a space, its rank. A pair of tokens
+/// merges if its bytes are a token, the lower rank first.
+fn llama_3_tokenizer() -> Option<Tokenizer> {
+    let ranks = std::fs::read_to_string(shared_data("llama-bpe/tokenizer.model")?).unwrap();
+    let spelled = spelled_bytes();
+    let tokens: Vec<String> = ranks
+        .lines()
+        .enumerate()
+        .map(|(rank, line)| {
+            let (token, number) = line.split_once(' ').unwrap();
+            assert_eq!(number.parse(), Ok(rank));
+            base64(token).iter().map(|byte| spelled[*byte as usize]).collect()
+        })
+        .collect();
+    let rank_of: HashMap<&str, usize> =
+        tokens.iter().enumerate().map(|(rank, token)| (token.as_str(), rank)).collect();
+    let merges = tokens.iter().flat_map(|token| {
+        let splits = token.char_indices().skip(1).map(|(at, _)| token.split_at(at));
+        let known = splits.filter(|(a, b)| rank_of.contains_key(a) && rank_of.contains_key(b));
+        known.map(|(a, b)| format!("{a} {b}")).collect::<Vec<_>>()
+    });
+    let vocabulary = GgufVocabulary {
+        model: "gpt2".into(),
+        pre: Some("llama-bpe".into()),
+        merges: merges.collect(),
+        tokens,
+        ..GgufVocabulary::default()
+    };
+    Some(Tokenizer::from_gguf(vocabulary).unwrap().0)
+}
+
+/// Bytes to the characters of byte-level vocabularies, by the rule that GPT-2 published.
+fn spelled_bytes() -> Vec<char> {
+    let printable = |byte: &u8| matches!(byte, 33..=126 | 161..=172 | 174..=255);
+    let mut rest = ('\u{100}'..).take(68);
+    (0..=255u8)
+        .map(|byte| if printable(&byte) { char::from(byte) } else { rest.next().unwrap() })
+        .collect()
+}
+
+fn base64(text: &str) -> Vec<u8> {
+    let digit = |byte: u8| match byte {
+        b'A'..=b'Z' => byte - b'A',
+        b'a'..=b'z' => byte - b'a' + 26,
+        b'0'..=b'9' => byte - b'0' + 52,
+        b'+' => 62,
+        _ => 63,
+    };
+    let digits: Vec<u8> = text.trim_end_matches('=').bytes().map(digit).collect();
+    let bits = digits.iter().flat_map(|digit| (0..6).rev().map(move |bit| digit >> bit & 1));
+    let bits: Vec<u8> = bits.collect();
+    bits.chunks_exact(8).map(|byte| byte.iter().fold(0, |value, bit| value << 1 | bit)).collect()
+}
+
+#[test]
+fn the_llama_3_vocabulary_encodes_as_llama_cpp_and_hugging_face_do() {
+    let Some(tokenizer) = llama_3_tokenizer() else { return };
+    let encode = |text: &str| tokenizer.encode(text, false, Special::AsText).unwrap();
+
+    let Some(inputs) = golden("llama-bpe/ggml-vocab-llama-bpe.gguf.inp") else { return };
+    let Some(outputs) = golden("llama-bpe/ggml-vocab-llama-bpe.gguf.out") else { return };
+    let inputs = std::fs::read_to_string(inputs).unwrap();
+    let outputs = std::fs::read_to_string(outputs).unwrap();
+    let texts: Vec<&str> = inputs.split("\n__ggml_vocab_test__\n").collect();
+    let outputs: Vec<&str> = outputs.split('\n').collect();
+    assert_eq!((texts.len(), outputs.len()), (47, 47));
+    for (text, ids) in texts.iter().zip(outputs) {
+        let ids: Vec<u32> = ids.split_whitespace().map(|id| id.parse().unwrap()).collect();
+        assert_eq!(encode(text), ids, "{text:?}");
+    }
+
+    #[derive(Deserialize)]
+    struct Pair {
+        text: String,
+        ids: Vec<u32>,
+    }
+    let Some(path) = golden("llama-bpe/encode.json") else { return };
+    let Vectors { vectors } = parse::<Vectors<Pair>>(path);
+    assert!(vectors.len() >= 190);
+    for Pair { text, ids } in vectors {
+        assert_eq!(encode(&text), ids, "{text:?}");
+        assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+    }
 }

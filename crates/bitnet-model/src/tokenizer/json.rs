@@ -13,7 +13,7 @@ use tokenizers::{AddedToken, ModelWrapper, NormalizerWrapper, PreTokenizerWrappe
 
 use super::byte_level::Spelling;
 use super::config::{TokenizerConfig, added_token};
-use super::{Parts, Segmentation, Tokenizer, TokenizerError};
+use super::{Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
 
 const NORMALIZERS: &[&str] =
     &["Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "Strip"];
@@ -168,7 +168,11 @@ impl Tokenizer {
         };
         let model = settings.model(vocab, merges)?;
         Tokenizer::new(Parts {
-            segmentation: Segmentation::Pipeline { normalizer, pre_tokenizer, model },
+            segmentation: Segmentation::Pipeline(Box::new(Pipeline {
+                normalizer,
+                pre_tokenizer,
+                model,
+            })),
             added,
             bytes,
             prefix: around.prefix,

@@ -1,6 +1,8 @@
 //! Text to token ids and back.
 //!
-//! One [`Tokenizer`], from Hugging Face's `tokenizer.json` ([`Tokenizer::from_json`]).
+//! One [`Tokenizer`], from three kinds of file: Hugging Face's `tokenizer.json`
+//! ([`Tokenizer::from_json`]), the vocabulary in a GGUF file's metadata ([`Tokenizer::from_gguf`])
+//! and SentencePiece's `tokenizer.model` ([`Tokenizer::from_sentencepiece`]).
 //!
 //! Encoding has two halves. Special tokens are cut out of the text first; what lies between them
 //! goes through a [`Segmentation`]. Decoding needs none of that: every id stands for fixed bytes,
@@ -10,7 +12,9 @@
 mod byte_level;
 mod config;
 mod detokenizer;
+mod gguf;
 mod json;
+mod sentencepiece;
 
 use std::collections::HashMap;
 
@@ -22,6 +26,8 @@ use tokenizers::{
 
 pub use config::TokenizerConfig;
 pub use detokenizer::Detokenizer;
+pub use gguf::GgufVocabulary;
+use sentencepiece::SentencePiece;
 
 /// Ids at or above this are refused: tables are indexed by id, and no known vocabulary comes near.
 const MAX_VOCABULARY: usize = 1 << 24;
@@ -75,12 +81,17 @@ pub enum Special {
 
 /// How the text between special tokens becomes ids.
 enum Segmentation {
-    /// Normalise, split into words, segment each: the stages of a `tokenizer.json`.
-    Pipeline {
-        normalizer: Option<NormalizerWrapper>,
-        pre_tokenizer: Option<PreTokenizerWrapper>,
-        model: ModelWrapper,
-    },
+    /// The stages of a `tokenizer.json`.
+    Pipeline(Box<Pipeline>),
+    /// SentencePiece's rules.
+    SentencePiece(Box<SentencePiece>),
+}
+
+/// Normalise, split into words, segment each word.
+struct Pipeline {
+    normalizer: Option<NormalizerWrapper>,
+    pre_tokenizer: Option<PreTokenizerWrapper>,
+    model: ModelWrapper,
 }
 
 /// The bytes each id stands for, end to end, and where each begins.
@@ -231,7 +242,8 @@ impl Tokenizer {
         };
         let failed = |error: tokenizers::Error| TokenizerError::Text(error.to_string());
         let pieces = match &self.segmentation {
-            Segmentation::Pipeline { normalizer, pre_tokenizer, model } => {
+            Segmentation::Pipeline(pipeline) => {
+                let Pipeline { normalizer, pre_tokenizer, model } = &**pipeline;
                 let mut pieces = added.extract_and_normalize(normalizer.as_ref(), text);
                 if let Some(pre_tokenizer) = pre_tokenizer {
                     pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
@@ -239,9 +251,19 @@ impl Tokenizer {
                 pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(failed)?;
                 pieces
             }
+            Segmentation::SentencePiece(_) => {
+                added.extract_and_normalize::<NormalizerWrapper>(None, text)
+            }
         };
-        for (_, _, tokens) in pieces.get_splits(OffsetReferential::Original, OffsetType::None) {
-            ids.extend(tokens.iter().flatten().map(|token| token.id));
+        let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
+        for (index, (piece, _, tokens)) in pieces.into_iter().enumerate() {
+            match (tokens, &self.segmentation) {
+                (Some(tokens), _) => ids.extend(tokens.iter().map(|token| token.id)),
+                (None, Segmentation::SentencePiece(rules)) => {
+                    rules.encode(piece, index == 0, ids)?
+                }
+                (None, Segmentation::Pipeline(_)) => unreachable!("every piece was tokenised"),
+            }
         }
         Ok(())
     }
@@ -278,7 +300,8 @@ impl Tokenizer {
     /// The id of a token by its name in the vocabulary: `<|eot_id|>`, `Ġthe`, `▁the`, `<0x0A>`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         let in_model = || match &self.segmentation {
-            Segmentation::Pipeline { model, .. } => model.token_to_id(token),
+            Segmentation::Pipeline(pipeline) => pipeline.model.token_to_id(token),
+            Segmentation::SentencePiece(rules) => rules.id_of(token),
         };
         self.ids.get(token).copied().or_else(in_model)
     }
@@ -350,7 +373,8 @@ fn added_vocabulary(
     let ids = added.iter().map(|(id, token)| (token.content.clone(), *id)).collect();
     let numbering = WordLevel::builder().vocab(ids).build().map_err(failed)?;
     let normalizer = match segmentation {
-        Segmentation::Pipeline { normalizer, .. } => normalizer.as_ref(),
+        Segmentation::Pipeline(pipeline) => pipeline.normalizer.as_ref(),
+        Segmentation::SentencePiece(_) => None,
     };
     let mut vocabulary = AddedVocabulary::new();
     vocabulary
