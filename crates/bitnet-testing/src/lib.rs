@@ -27,6 +27,11 @@ pub fn golden(path: &str) -> Option<PathBuf> {
     first_existing(path, [copy, workspace_root().join("../shared/golden")])
 }
 
+/// The folder of the model that is built into the program.
+pub fn tiny_model() -> PathBuf {
+    workspace_root().join("models/tiny")
+}
+
 /// A file or folder of the training and test data: from the copy in this crate, or from
 /// `../shared/data` beside the workspace. `None`, after saying so, where neither has it.
 pub fn shared_data(path: &str) -> Option<PathBuf> {
