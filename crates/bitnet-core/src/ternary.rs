@@ -93,12 +93,16 @@ impl TernaryMatrix {
         let mut row_codes = vec![1; stride * 4];
         for row in 0..rows {
             fill(row, &mut row_codes[..cols]);
-            if let Some(column) = row_codes.iter().position(|&code| code > 2) {
+            // Billions of weights pass here while a model loads. A search that may stop early and
+            // four separate bytes stay scalar code; a maximum and 32-bit shifts become vector code.
+            if row_codes.iter().fold(0, |largest, &code| code.max(largest)) > 2 {
+                let column = row_codes.iter().position(|&code| code > 2).expect("it was seen");
                 return Err(Error::IllegalCode { code: row_codes[column], row, column });
             }
             let packed = &mut codes[row * stride..(row + 1) * stride];
-            for (byte, four) in packed.iter_mut().zip(row_codes.chunks_exact(4)) {
-                *byte = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6;
+            for (byte, four) in packed.iter_mut().zip(row_codes.as_chunks::<4>().0) {
+                let four = u32::from_le_bytes(*four);
+                *byte = (four | four >> 6 | four >> 12 | four >> 18) as u8;
             }
         }
         Ok(TernaryMatrix { rows, cols, codes, scale })

@@ -18,7 +18,7 @@ pub enum Error {
     Tensor {
         /// The file.
         path: PathBuf,
-        /// The tensor's name in the file.
+        /// The tensor's name in the file, cut and escaped where printing it would do harm.
         tensor: String,
         /// What is wrong.
         reason: String,
@@ -36,10 +36,27 @@ impl Error {
 
     /// An error about one tensor.
     pub fn tensor(path: &Path, tensor: &str, reason: impl ToString) -> Self {
-        Error::Tensor {
-            path: path.to_owned(),
-            tensor: tensor.to_owned(),
-            reason: reason.to_string(),
-        }
+        Error::Tensor { path: path.to_owned(), tensor: excerpt(tensor), reason: reason.to_string() }
+    }
+}
+
+/// The beginning of a text from a file, safe to print: a message should neither fill the screen
+/// nor send it control characters.
+pub(crate) fn excerpt(text: &str) -> String {
+    const CHARS: usize = 120;
+    match text.char_indices().nth(CHARS) {
+        None => text.escape_debug().to_string(),
+        Some((end, _)) => format!("{}...", text[..end].escape_debug()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::excerpt;
+
+    #[test]
+    fn texts_from_files_are_cut_and_escaped_in_messages() {
+        assert_eq!(excerpt("a\u{1b}[2J"), "a\\u{1b}[2J");
+        assert_eq!(excerpt(&"é".repeat(500)).chars().count(), 123);
     }
 }

@@ -12,20 +12,20 @@ pub struct QuantizedRow {
 }
 
 /// Quantises one token's activations: `q = clamp(round_half_even(x * scale), -128, 127)` with
-/// `scale = 127 / max(absmax, 1e-5)`, each operation rounded to f32. The order matters at exact
-/// ties: `x / (absmax / 127)` gives other values. Formula of `ActQuant` in transformers'
-/// `integrations/bitnet.py`.
+/// `scale = 127 / max(absmax, 1e-5)`. The order of operations matters at exact ties:
+/// `x / (absmax / 127)` gives other values. Formula of `ActQuant` in transformers'
+/// `integrations/bitnet.py`, where torch evaluates a number over a tensor as `(1 / absmax) * 127`,
+/// two roundings to f32; so does this.
 ///
 /// # Panics
 /// If the two rows differ in length.
 #[inline(always)]
 pub fn quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow {
     assert_eq!(x.len(), q.len());
-    let scale = 127.0 / at_least(numerics::max_abs(x), 1e-5);
+    let scale = (1.0 / at_least(numerics::max_abs(x), 1e-5)) * 127.0;
     let mut sum = 0i32;
     for (q, &x) in q.iter_mut().zip(x) {
-        // `as` saturates, which is the clamp, and takes NaN to 0.
-        *q = (x * scale).round_ties_even() as i8;
+        *q = numerics::round_to_i8(x * scale);
         sum += i32::from(*q);
     }
     QuantizedRow { scale, sum }
@@ -54,6 +54,6 @@ mod tests {
         let mut q = [1; 3];
         let row = quantize_row(&[0.0; 3], &mut q);
         assert_eq!((q, row.sum), ([0; 3], 0));
-        assert_eq!(row.scale, 127.0 / 1e-5);
+        assert_eq!(row.scale, (1.0 / 1e-5) * 127.0);
     }
 }

@@ -1,13 +1,13 @@
 //! Rows of stored numbers to f32: plain floats and ggml's block formats, to the same bits as
 //! ggml's `dequantize_row_*` (`ggml/src/ggml-quants.c` in llama.cpp).
 //!
-//! No product below is ever rounded twice: an f16 has 11 significant bits, so that `d * scale` and
-//! `d * scale * q` of the formats here are exact in f32 or round once at the end. Whether a
-//! compiler fuses the multiply and the subtraction of `Q4_K` therefore makes no difference.
+//! Every product below is exact: an f16 scale has 11 significant bits, group scales and quants
+//! have at most 13 between them, and f32 has 24. Only the subtraction of `Q4_K` rounds, once, so it
+//! makes no difference whether ggml's compiler fused it with the product.
 
 use bitnet_core::DType;
 
-use super::{q2_0, tq};
+use super::BlockPacking;
 
 /// Decodes one row of `out.len()` elements.
 ///
@@ -17,6 +17,7 @@ use super::{q2_0, tq};
 /// # Panics
 /// If `bytes` is not exactly a row of that many elements, or for types that have no f32 rows: the
 /// integers and [`DType::I2S`].
+#[inline(always)]
 pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     let (len, size) = (dtype.block_len(), dtype.block_bytes());
     assert!(
@@ -49,15 +50,10 @@ pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
         DType::Q8_0 => each_block(bytes, out, size, len, q8_0),
         DType::Q4K => each_block(bytes, out, size, len, q4_k),
         DType::Q6K => each_block(bytes, out, size, len, q6_k),
-        DType::Tq1_0 => each_block(bytes, out, size, len, |block, out| {
-            ternary(tq::split(block), tq::decode_tq1_0, out);
-        }),
-        DType::Tq2_0 => each_block(bytes, out, size, len, |block, out| {
-            ternary(tq::split(block), tq::decode_tq2_0, out);
-        }),
-        DType::Q2_0 | DType::Q2_0Wide => each_block(bytes, out, size, len, |block, out| {
-            ternary(q2_0::split(block), q2_0::decode_codes, out);
-        }),
+        DType::Tq1_0 | DType::Tq2_0 | DType::Q2_0 | DType::Q2_0Wide => {
+            let packing = BlockPacking::of(dtype).expect("a ternary block format");
+            each_block(bytes, out, size, len, |block, out| packing.values(block, out));
+        }
         DType::U8 | DType::I8 | DType::I32 | DType::I64 | DType::I2S => {
             panic!("{dtype} has no rows of f32 values")
         }
@@ -96,6 +92,7 @@ fn each_block(
 }
 
 /// 32 values: f16 `d`, then i8 `q`; value `d q`.
+#[inline(always)]
 fn q8_0(block: &[u8], out: &mut [f32]) {
     let (d, q) = block.split_at(2);
     let d = f16_to_f32([d[0], d[1]]);
@@ -107,6 +104,7 @@ fn q8_0(block: &[u8], out: &mut [f32]) {
 /// 256 values in eight groups of 32: f16 `d`, f16 `dmin`, 12 bytes of 6-bit group scales and minima,
 /// then 128 bytes of nibbles; value `d scale q - dmin min`. Each 32 bytes hold the group with even
 /// number in their low nibbles and the next in their high ones.
+#[inline(always)]
 fn q4_k(block: &[u8], out: &mut [f32]) {
     let d = f16_to_f32([block[0], block[1]]);
     let dmin = f16_to_f32([block[2], block[3]]);
@@ -140,6 +138,7 @@ fn q4_k(block: &[u8], out: &mut [f32]) {
 /// sixteen i8 group scales, f16 `d`; value `d scale (q - 32)`. Each half of 128 values has 64 bytes
 /// of nibbles, the first 64 values in the low ones, and 32 bytes of bit pairs, value `32 l + m` in bits
 /// `2 l` of byte `m`.
+#[inline(always)]
 fn q6_k(block: &[u8], out: &mut [f32]) {
     let (low, rest) = block.split_at(128);
     let (high, rest) = rest.split_at(64);
@@ -157,22 +156,6 @@ fn q6_k(block: &[u8], out: &mut [f32]) {
                 *value = scale * f32::from(q as i8 - 32);
             }
         }
-    }
-}
-
-/// Ternary codes with one scale.
-#[inline(always)]
-fn ternary(
-    (scale, bytes): ([u8; 2], &[u8]),
-    decode_codes: impl Fn(&[u8], &mut [u8]),
-    out: &mut [f32],
-) {
-    let d = f16_to_f32(scale);
-    let mut codes = [0; 256];
-    let codes = &mut codes[..out.len()];
-    decode_codes(bytes, codes);
-    for (value, &code) in out.iter_mut().zip(codes.iter()) {
-        *value = f32::from(code as i8 - 1) * d;
     }
 }
 

@@ -1,0 +1,384 @@
+//! Text to token ids and back.
+//!
+//! One [`Tokenizer`], from three kinds of file: Hugging Face's `tokenizer.json`
+//! ([`Tokenizer::from_json`]), the vocabulary in a GGUF file's metadata ([`Tokenizer::from_gguf`])
+//! and SentencePiece's `tokenizer.model` ([`Tokenizer::from_sentencepiece`]).
+//!
+//! Encoding has two halves. Special tokens are cut out of the text first; what lies between them
+//! goes through a [`Segmentation`]. Decoding needs none of that: every id stands for fixed bytes,
+//! written down once when the tokenizer is built, so decoding a stream costs the same per token
+//! however long the text has grown.
+
+mod byte_level;
+mod config;
+mod detokenizer;
+mod gguf;
+mod json;
+mod sentencepiece;
+
+use std::collections::HashMap;
+
+use tokenizers::models::wordlevel::WordLevel;
+use tokenizers::{
+    AddedToken, AddedVocabulary, Model, ModelWrapper, NormalizerWrapper, OffsetReferential,
+    OffsetType, PreTokenizer, PreTokenizerWrapper,
+};
+
+pub use config::TokenizerConfig;
+pub use detokenizer::Detokenizer;
+pub use gguf::GgufVocabulary;
+use sentencepiece::SentencePiece;
+
+/// Ids at or above this are refused: tables are indexed by id, and no known vocabulary comes near.
+const MAX_VOCABULARY: usize = 1 << 24;
+
+/// Tokens that end a text or a turn wherever they occur as special tokens.
+const END_TOKENS: [&str; 9] = [
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<end_of_turn>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<｜end▁of▁sentence｜>",
+    "</s>",
+];
+
+/// Why a tokenizer could not be built or used.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum TokenizerError {
+    /// The vocabulary or its settings contradict themselves or ask for something we do not have.
+    #[error("{0}")]
+    Vocabulary(String),
+    /// An id that no token has.
+    #[error("token id {id} is not in the vocabulary of {vocab_size} tokens")]
+    UnknownId {
+        /// The id.
+        id: u32,
+        /// One more than the largest id that a token has.
+        vocab_size: usize,
+    },
+    /// A text that the vocabulary cannot express.
+    #[error("the text cannot be encoded: {0}")]
+    Text(String),
+}
+
+impl TokenizerError {
+    fn vocabulary(reason: impl Into<String>) -> Self {
+        TokenizerError::Vocabulary(reason.into())
+    }
+}
+
+/// What the spelling of a special token inside a text means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Special {
+    /// `<|eot_id|>` in the text is the token of that name.
+    Recognised,
+    /// `<|eot_id|>` in the text is ten characters like any others.
+    AsText,
+}
+
+/// How the text between special tokens becomes ids.
+enum Segmentation {
+    /// The stages of a `tokenizer.json`.
+    Pipeline(Box<Pipeline>),
+    /// SentencePiece's rules.
+    SentencePiece(Box<SentencePiece>),
+}
+
+/// Normalise, split into words, segment each word.
+struct Pipeline {
+    normalizer: Option<NormalizerWrapper>,
+    pre_tokenizer: Option<PreTokenizerWrapper>,
+    model: ModelWrapper,
+}
+
+/// The bytes each id stands for, end to end, and where each begins.
+struct TokenBytes {
+    bytes: Vec<u8>,
+    /// `[vocab_size + 1]`; an id without a token has an empty range and is not in `known`.
+    starts: Vec<usize>,
+    known: Vec<bool>,
+}
+
+impl TokenBytes {
+    /// From `(id, bytes)` pairs in any order. An id twice is an error.
+    fn build(tokens: HashMap<u32, Vec<u8>>) -> Result<Self, TokenizerError> {
+        let vocab_size = tokens.keys().max().map_or(0, |&id| id as usize + 1);
+        if vocab_size > MAX_VOCABULARY {
+            return Err(TokenizerError::vocabulary(format!(
+                "token id {} is beyond the limit of {MAX_VOCABULARY}",
+                vocab_size - 1
+            )));
+        }
+        let mut table = TokenBytes {
+            bytes: Vec::new(),
+            starts: Vec::with_capacity(vocab_size + 1),
+            known: Vec::with_capacity(vocab_size),
+        };
+        table.starts.push(0);
+        for id in 0..vocab_size as u32 {
+            let token = tokens.get(&id);
+            table.bytes.extend(token.into_iter().flatten());
+            table.starts.push(table.bytes.len());
+            table.known.push(token.is_some());
+        }
+        Ok(table)
+    }
+
+    fn get(&self, id: u32) -> Option<&[u8]> {
+        let index = id as usize;
+        let known = *self.known.get(index)?;
+        known.then(|| &self.bytes[self.starts[index]..self.starts[index + 1]])
+    }
+}
+
+/// The parts a reader hands over to make a [`Tokenizer`].
+struct Parts {
+    segmentation: Segmentation,
+    /// Tokens that are cut out of the text before it is segmented, with their ids.
+    added: Vec<(u32, AddedToken)>,
+    /// The bytes of each id, without those of `added`.
+    bytes: HashMap<u32, Vec<u8>>,
+    /// Ids put before and after a text that asks for it.
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    /// Whether a text's first token begins with a space that the encoder put there.
+    strips_first_space: bool,
+}
+
+/// A vocabulary with the rules to encode and decode by it.
+pub struct Tokenizer {
+    segmentation: Segmentation,
+    added: AddedVocabulary,
+    added_as_text: AddedVocabulary,
+    ids: HashMap<String, u32>,
+    special: Vec<bool>,
+    bytes: TokenBytes,
+    prefix: Vec<u32>,
+    suffix: Vec<u32>,
+    bos: Option<u32>,
+    eos: Option<u32>,
+    strips_first_space: bool,
+}
+
+impl Tokenizer {
+    fn new(parts: Parts) -> Result<Self, TokenizerError> {
+        let Parts { segmentation, mut added, mut bytes, prefix, suffix, bos, eos, .. } = parts;
+        added.retain(|(_, token)| !token.content.is_empty());
+        added.sort_by_key(|(id, _)| *id);
+
+        let mut ids = HashMap::new();
+        for (id, token) in &added {
+            if let Some(other) = ids.insert(token.content.clone(), *id).filter(|other| other != id)
+            {
+                return Err(TokenizerError::vocabulary(format!(
+                    "the added token `{}` has two ids, {other} and {id}",
+                    token.content
+                )));
+            }
+            bytes.insert(*id, token.content.clone().into_bytes());
+        }
+        let bytes = TokenBytes::build(bytes)?;
+        let mut special = vec![false; bytes.known.len()];
+        for (id, token) in &added {
+            special[*id as usize] |= token.special;
+        }
+
+        let vocabulary = added_vocabulary(&segmentation, &added)?;
+        let mut added_as_text = vocabulary.clone();
+        added_as_text.set_encode_special_tokens(true);
+        let tokenizer = Tokenizer {
+            segmentation,
+            added: vocabulary,
+            added_as_text,
+            ids,
+            special,
+            bytes,
+            prefix,
+            suffix,
+            bos,
+            eos,
+            strips_first_space: parts.strips_first_space,
+        };
+        let named = tokenizer.prefix.iter().chain(&tokenizer.suffix).copied();
+        for id in named.chain(bos).chain(eos) {
+            tokenizer.token_bytes(id)?;
+        }
+        Ok(tokenizer)
+    }
+
+    /// The ids of `text`. With `add_special`, the ids the tokenizer puts around every text are
+    /// there too: for most models the begin token, for embedding models also an end token.
+    ///
+    /// # Errors
+    /// Only a vocabulary without an unknown token can fail to express a text.
+    pub fn encode(
+        &self,
+        text: &str,
+        add_special: bool,
+        special: Special,
+    ) -> Result<Vec<u32>, TokenizerError> {
+        let mut ids = if add_special { self.prefix.clone() } else { Vec::new() };
+        self.segment(text, special, &mut ids)?;
+        if add_special {
+            ids.extend(&self.suffix);
+        }
+        Ok(ids)
+    }
+
+    fn segment(
+        &self,
+        text: &str,
+        special: Special,
+        ids: &mut Vec<u32>,
+    ) -> Result<(), TokenizerError> {
+        let added = match special {
+            Special::Recognised => &self.added,
+            Special::AsText => &self.added_as_text,
+        };
+        let failed = |error: tokenizers::Error| TokenizerError::Text(error.to_string());
+        let pieces = match &self.segmentation {
+            Segmentation::Pipeline(pipeline) => {
+                let Pipeline { normalizer, pre_tokenizer, model } = &**pipeline;
+                let mut pieces = added.extract_and_normalize(normalizer.as_ref(), text);
+                if let Some(pre_tokenizer) = pre_tokenizer {
+                    pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
+                }
+                pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(failed)?;
+                pieces
+            }
+            Segmentation::SentencePiece(_) => {
+                added.extract_and_normalize::<NormalizerWrapper>(None, text)
+            }
+        };
+        let pieces = pieces.get_splits(OffsetReferential::Original, OffsetType::None);
+        for (index, (piece, _, tokens)) in pieces.into_iter().enumerate() {
+            match (tokens, &self.segmentation) {
+                (Some(tokens), _) => ids.extend(tokens.iter().map(|token| token.id)),
+                (None, Segmentation::SentencePiece(rules)) => {
+                    rules.encode(piece, index == 0, ids)?
+                }
+                (None, Segmentation::Pipeline(_)) => unreachable!("every piece was tokenised"),
+            }
+        }
+        Ok(())
+    }
+
+    /// The text of `ids`, from the beginning of a text. Bytes that are not UTF-8 become U+FFFD, one
+    /// for each maximal part of a character (as `String::from_utf8_lossy` has it). With
+    /// `skip_special`, special tokens leave no trace.
+    ///
+    /// # Errors
+    /// [`TokenizerError::UnknownId`] for an id that no token has.
+    pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TokenizerError> {
+        let mut detokenizer = Detokenizer::from_start(self, skip_special);
+        let mut text = String::new();
+        for &id in ids {
+            text.push_str(detokenizer.push(self, id)?);
+        }
+        text.push_str(detokenizer.finish());
+        Ok(text)
+    }
+
+    /// One more than the largest id that a token has. A model's output may be wider (padding).
+    pub fn vocab_size(&self) -> usize {
+        self.bytes.known.len()
+    }
+
+    /// The bytes an id stands for: often whole characters, sometimes a part of one.
+    ///
+    /// # Errors
+    /// [`TokenizerError::UnknownId`] for an id that no token has.
+    pub fn token_bytes(&self, id: u32) -> Result<&[u8], TokenizerError> {
+        self.bytes.get(id).ok_or(TokenizerError::UnknownId { id, vocab_size: self.vocab_size() })
+    }
+
+    /// The id of a token by its name in the vocabulary: `<|eot_id|>`, `Ġthe`, `▁the`, `<0x0A>`.
+    pub fn id_of(&self, token: &str) -> Option<u32> {
+        let in_model = || match &self.segmentation {
+            Segmentation::Pipeline(pipeline) => pipeline.model.token_to_id(token),
+            Segmentation::SentencePiece(rules) => rules.id_of(token),
+        };
+        self.ids.get(token).copied().or_else(in_model)
+    }
+
+    /// Whether `id` is a special token, which `skip_special` leaves out of decoded text.
+    pub fn is_special(&self, id: u32) -> bool {
+        self.special.get(id as usize).copied().unwrap_or(false)
+    }
+
+    /// The token that begins a text, where the vocabulary has one.
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// The token that the tokenizer's files call the end token, where they name one.
+    pub fn eos(&self) -> Option<u32> {
+        self.eos
+    }
+
+    /// Whether `encode` with `add_special` begins with the begin token.
+    pub fn adds_bos(&self) -> bool {
+        self.bos.is_some() && self.prefix.first().copied() == self.bos
+    }
+
+    /// Every id that ends a text or a turn, ascending: those that the model's files name
+    /// (`config.json` and `generation_config.json` often disagree), this tokenizer's end token, and
+    /// its special tokens that are known to end a turn.
+    pub fn end_ids(&self, named_by_files: &[u32]) -> Vec<u32> {
+        let known = END_TOKENS
+            .iter()
+            .filter_map(|token| self.id_of(token))
+            .filter(|&id| self.is_special(id));
+        let mut ids: Vec<u32> =
+            named_by_files.iter().copied().chain(self.eos).chain(known).collect();
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+}
+
+/// The ids of an `eos_token_id` entry: a number, a list of numbers, or nothing (null or absent).
+///
+/// # Errors
+/// A sentence that shows the entry when it is anything else.
+pub fn token_ids_in_json(entry: Option<&serde_json::Value>) -> Result<Vec<u32>, TokenizerError> {
+    let id = |value: &serde_json::Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    let ids = match entry {
+        None | Some(serde_json::Value::Null) => Some(Vec::new()),
+        Some(serde_json::Value::Array(values)) => values.iter().map(id).collect(),
+        Some(value) => id(value).map(|id| vec![id]),
+    };
+    ids.ok_or_else(|| {
+        TokenizerError::vocabulary(format!(
+            "eos_token_id must be a token id or a list of them, not {}",
+            entry.expect("absence is accepted above")
+        ))
+    })
+}
+
+/// Hands the added tokens to the `tokenizers` crate. It takes their ids from a model, so it gets one
+/// that knows nothing but these tokens under the ids of the file.
+fn added_vocabulary(
+    segmentation: &Segmentation,
+    added: &[(u32, AddedToken)],
+) -> Result<AddedVocabulary, TokenizerError> {
+    let failed = |error: tokenizers::Error| {
+        TokenizerError::vocabulary(format!("the added tokens cannot be used: {error}"))
+    };
+    let ids = added.iter().map(|(id, token)| (token.content.clone(), *id)).collect();
+    let numbering = WordLevel::builder().vocab(ids).build().map_err(failed)?;
+    let normalizer = match segmentation {
+        Segmentation::Pipeline(pipeline) => pipeline.normalizer.as_ref(),
+        Segmentation::SentencePiece(_) => None,
+    };
+    let mut vocabulary = AddedVocabulary::new();
+    vocabulary
+        .add_tokens(added.iter().map(|(_, token)| token.clone()), &numbering, normalizer)
+        .map_err(failed)?;
+    Ok(vocabulary)
+}

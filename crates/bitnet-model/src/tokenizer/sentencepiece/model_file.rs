@@ -1,0 +1,169 @@
+//! SentencePiece's `tokenizer.model`: a protocol-buffer message, of which a few fields are read.
+//!
+//! Field numbers are those of google/sentencepiece's `sentencepiece_model.proto`.
+
+use super::super::TokenizerError;
+use super::{Algorithm, Description, Kind, Piece};
+
+/// The value of a field on the wire.
+enum Wire<'a> {
+    Varint(u64),
+    Fixed64,
+    Bytes(&'a [u8]),
+    Fixed32([u8; 4]),
+}
+
+/// The fields of a message, in their order.
+struct Fields<'a> {
+    rest: &'a [u8],
+}
+
+impl<'a> Fields<'a> {
+    fn varint(&mut self) -> Option<u64> {
+        let mut value = 0u64;
+        for shift in (0..64).step_by(7) {
+            let (&byte, rest) = self.rest.split_first()?;
+            self.rest = rest;
+            value |= u64::from(byte & 0x7F) << shift;
+            if byte < 0x80 {
+                return Some(value);
+            }
+        }
+        None
+    }
+
+    fn take(&mut self, length: u64) -> Option<&'a [u8]> {
+        let (taken, rest) = self.rest.split_at_checked(usize::try_from(length).ok()?)?;
+        self.rest = rest;
+        Some(taken)
+    }
+
+    fn field(&mut self) -> Option<(u64, Wire<'a>)> {
+        let key = self.varint()?;
+        let value = match key & 7 {
+            0 => Wire::Varint(self.varint()?),
+            1 => self.take(8).map(|_| Wire::Fixed64)?,
+            2 => {
+                let length = self.varint()?;
+                Wire::Bytes(self.take(length)?)
+            }
+            5 => Wire::Fixed32(self.take(4)?.try_into().expect("four bytes were taken")),
+            _ => return None,
+        };
+        Some((key >> 3, value))
+    }
+}
+
+impl<'a> Iterator for Fields<'a> {
+    type Item = Result<(u64, Wire<'a>), TokenizerError>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.rest.is_empty() {
+            return None;
+        }
+        let field = self.field();
+        if field.is_none() {
+            self.rest = &[];
+        }
+        Some(field.ok_or_else(broken))
+    }
+}
+
+fn broken() -> TokenizerError {
+    TokenizerError::vocabulary("this is not a SentencePiece model, or it is cut short")
+}
+
+fn fields(message: &[u8]) -> Fields<'_> {
+    Fields { rest: message }
+}
+
+/// Reads a model. Where a field is absent, the default of the format holds.
+pub(super) fn read(bytes: &[u8]) -> Result<Description, TokenizerError> {
+    let mut description = Description {
+        pieces: Vec::new(),
+        algorithm: Algorithm::Unigram,
+        byte_fallback: false,
+        add_dummy_prefix: true,
+        remove_extra_whitespaces: true,
+        prefix_every_fragment: true,
+        charsmap: Vec::new(),
+        bos: Some(1),
+        eos: Some(2),
+    };
+    for field in fields(bytes) {
+        match field? {
+            (1, Wire::Bytes(message)) => description.pieces.push(piece(message)?),
+            (2, Wire::Bytes(message)) => trainer(message, &mut description)?,
+            (3, Wire::Bytes(message)) => normalizer(message, &mut description)?,
+            _ => {}
+        }
+    }
+    let count = description.pieces.len();
+    if count == 0 {
+        return Err(broken());
+    }
+    let exists = |id: &u32| (*id as usize) < count;
+    description.bos = description.bos.filter(exists);
+    description.eos = description.eos.filter(exists);
+    Ok(description)
+}
+
+fn piece(message: &[u8]) -> Result<Piece, TokenizerError> {
+    let mut piece = Piece { text: String::new(), score: 0.0, kind: Kind::Normal };
+    for field in fields(message) {
+        match field? {
+            (1, Wire::Bytes(text)) => {
+                piece.text = std::str::from_utf8(text).map_err(|_| broken())?.to_owned();
+            }
+            (2, Wire::Fixed32(score)) => piece.score = f32::from_le_bytes(score),
+            (3, Wire::Varint(kind)) => {
+                piece.kind = Kind::from_number(kind as i64).ok_or_else(broken)?;
+            }
+            _ => {}
+        }
+    }
+    Ok(piece)
+}
+
+fn trainer(message: &[u8], description: &mut Description) -> Result<(), TokenizerError> {
+    for field in fields(message) {
+        match field? {
+            (3, Wire::Varint(1)) => description.algorithm = Algorithm::Unigram,
+            (3, Wire::Varint(2)) => description.algorithm = Algorithm::Bpe,
+            (3, Wire::Varint(kind)) => {
+                return Err(TokenizerError::vocabulary(format!(
+                    "the SentencePiece model is of type {kind}, and only 1 (unigram) and 2 (BPE) \
+                     are supported"
+                )));
+            }
+            (24, Wire::Varint(1)) => {
+                return Err(TokenizerError::vocabulary(
+                    "the SentencePiece model treats spaces as suffixes, which is not supported",
+                ));
+            }
+            (35, Wire::Varint(flag)) => description.byte_fallback = flag != 0,
+            // Absent tokens have id -1.
+            (41, Wire::Varint(id)) => description.bos = u32::try_from(id).ok(),
+            (42, Wire::Varint(id)) => description.eos = u32::try_from(id).ok(),
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn normalizer(message: &[u8], description: &mut Description) -> Result<(), TokenizerError> {
+    for field in fields(message) {
+        match field? {
+            (2, Wire::Bytes(charsmap)) => description.charsmap = charsmap.to_vec(),
+            (3, Wire::Varint(flag)) => description.add_dummy_prefix = flag != 0,
+            (4, Wire::Varint(flag)) => description.remove_extra_whitespaces = flag != 0,
+            (5, Wire::Varint(0)) => {
+                return Err(TokenizerError::vocabulary(
+                    "the SentencePiece model does not escape spaces, which is not supported",
+                ));
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
