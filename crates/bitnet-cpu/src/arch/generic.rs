@@ -11,31 +11,23 @@ use bitnet_quant::packing::{blocks, tile};
 
 use super::Tile;
 
-/// See [`Kernels::ternary_int8`](super::Kernels::ternary_int8): plain code. Each byte of a tile has
-/// its own sum, and the four products of a tile that go to it, at most 256 in magnitude each, are
-/// added in 16 bits, which every instruction set can do in vectors.
+/// See [`Kernels::ternary_int8`](super::Kernels::ternary_int8): plain code. The sixteen rows are
+/// the lanes of the inner loops, as in [`ternary_f32`].
 #[inline(always)]
 pub(super) fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
     for (t, acc) in acc.iter_mut().enumerate() {
         let (q, _) = q[t * stride..].as_chunks::<{ tile::COLS }>();
-        let mut sums = [0i32; tile::BYTES];
+        let mut sums = [0i32; tile::ROWS];
         for (tile, q) in tiles.iter().zip(q) {
-            let mut narrow = [0i16; tile::BYTES];
-            for plane in 0..4 {
-                // The four columns of the plane, repeated for every row.
-                let four: [i16; tile::BYTES] =
-                    std::array::from_fn(|i| i16::from(q[4 * plane + i % 4]));
-                for i in 0..tile::BYTES {
-                    narrow[i] += i16::from(tile[i] >> (2 * plane) & 3) * four[i];
+            for (k, &q) in q.iter().enumerate() {
+                let (byte, bit) = tile::place(0, k);
+                for (sum, row) in sums.iter_mut().zip(tile.as_chunks::<4>().0) {
+                    let code = u32::from_le_bytes(*row) >> (8 * byte + bit) & 3;
+                    *sum += code as i32 * i32::from(q);
                 }
             }
-            for (sum, narrow) in sums.iter_mut().zip(narrow) {
-                *sum += i32::from(narrow);
-            }
         }
-        for (acc, sums) in acc.iter_mut().zip(sums.as_chunks::<4>().0) {
-            *acc = sums.iter().sum();
-        }
+        *acc = sums;
     }
 }
 

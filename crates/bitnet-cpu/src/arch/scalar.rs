@@ -37,7 +37,13 @@ instantiate! {
 #[cfg(target_arch = "x86_64")]
 mod fused {
     use super::super::parts::*;
-    use super::{decode_f16, ternary_int8};
+    use super::decode_f16;
+
+    /// See [`Kernels::ternary_int8`].
+    #[target_feature(enable = "fma")]
+    fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
+        generic::ternary_int8(tiles, q, stride, acc);
+    }
 
     instantiate! {
         name: "scalar",
