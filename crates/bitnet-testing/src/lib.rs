@@ -1,7 +1,9 @@
 //! Shared parts of this project's tests: where golden data lies, and what backends must do.
 #![forbid(unsafe_code)]
 
+pub mod conformance;
 pub mod golden;
+pub mod random;
 
 use std::path::{Path, PathBuf};
 
