@@ -95,9 +95,11 @@ fn a_tensor_that_the_index_promises_and_its_shard_lacks_is_named() {
     std::fs::write(&index, json.replace("model.norm.weight", "model.norm.bias")).unwrap();
     let error = read_checkpoint(copy.path()).unwrap_err().to_string();
     assert!(error.contains("tensor `model.norm.bias`: is not there although"), "{error}");
-    let moved = json.replace("00002-of-00002.safetensors", "00001-of-00002.safetensors");
-    std::fs::write(&index, moved).unwrap();
-    assert!(read_checkpoint(copy.path()).unwrap_err().to_string().contains("is not there"));
+    // A tensor that is in the other shard.
+    let at = |n| format!(r#""model.embed_tokens.weight": "model-0000{n}-of-00002.safetensors""#);
+    std::fs::write(&index, json.replace(&at(1), &at(2))).unwrap();
+    let error = read_checkpoint(copy.path()).unwrap_err().to_string();
+    assert!(error.contains("tensor `model.embed_tokens.weight`: is not there"), "{error}");
 }
 
 #[test]
