@@ -892,6 +892,7 @@ mod tests {
             (b"\x80\x06}.".to_vec(), "protocol 6"),
             (b"t.".to_vec(), "mark that is not open"),
             (b"N(s.".to_vec(), "empty stack"),
+            (b"}NN(st.".to_vec(), "empty stack"),
             (b"}(Nu.".to_vec(), "key without a value"),
             (b"](u.".to_vec(), "not a dictionary"),
             (b"NNNs.".to_vec(), "container should be"),
