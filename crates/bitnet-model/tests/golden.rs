@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::DType;
 use bitnet_core::backend::{ActivationPrecision, Backend, KvType, Span};
+use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::decoder::{Decoder, Stage, Step};
 use bitnet_model::source;
 use bitnet_model::weights::{self, LoadOptions};
@@ -233,11 +234,15 @@ fn check_linears(name: &str, golden: &GoldenModel, path: &Path) {
     }
 }
 
+fn cpu() -> CpuBackend {
+    CpuBackend::new(CpuOptions::default()).unwrap()
+}
+
 #[test]
 fn random_models_match_the_reference_within_the_tight_bound() {
     for name in RANDOM {
         let Some(path) = model_path(name) else { continue };
-        check_model(name, path, ReferenceBackend);
+        check_model(name, path, cpu());
     }
 }
 
@@ -245,7 +250,17 @@ fn random_models_match_the_reference_within_the_tight_bound() {
 fn trained_models_match_the_reference() {
     for name in TRAINED {
         let Some(path) = model_path(name) else { continue };
-        check_model(name, path, ReferenceBackend);
+        check_model(name, path, cpu());
+    }
+}
+
+#[test]
+fn the_scalar_reference_and_the_kernels_give_the_same_bits() {
+    for name in ["llama-1.58-packed", "bitnet-1bitllm", "tiny-trained-packed"] {
+        let Some(path) = model_path(name) else { continue };
+        let ids = &read_golden(name, &path).prompts[2].ids;
+        let scalar = all_logits(&load(ReferenceBackend, &path), ids);
+        assert!(scalar == all_logits(&load(cpu(), &path), ids), "{name}");
     }
 }
 
@@ -258,7 +273,7 @@ fn gguf_models_match_the_reference() {
     ];
     for (name, path) in found {
         let Some(path) = path else { continue };
-        check_model(name, path, ReferenceBackend);
+        check_model(name, path, cpu());
     }
 }
 
@@ -300,8 +315,8 @@ fn a_torch_file_gives_the_same_tensors_as_safetensors() {
         return;
     };
     let ids = &GoldenModel::read(&safetensors).prompts[1].ids;
-    let from_bin = all_logits(&load(ReferenceBackend, &bin), ids);
-    let from_safetensors = all_logits(&load(ReferenceBackend, &safetensors), ids);
+    let from_bin = all_logits(&load(cpu(), &bin), ids);
+    let from_safetensors = all_logits(&load(cpu(), &safetensors), ids);
     assert_eq!(from_bin, from_safetensors);
     assert_eq!(
         source::open(bin.to_str().unwrap())

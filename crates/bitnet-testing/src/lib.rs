@@ -3,7 +3,9 @@
 
 pub mod conformance;
 pub mod golden;
-pub mod random;
+mod random;
+
+pub use random::Random;
 
 use std::path::{Path, PathBuf};
 
