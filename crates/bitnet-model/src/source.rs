@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::arch;
 use crate::chat::ChatTemplate;
-use crate::config::{Hyperparameters, ModelConfig};
+use crate::config::{Hyperparameters, ModelConfig, Pooling};
 use crate::error::Error;
 use crate::formats::gguf::{self, GgufFile};
 use crate::formats::{self, Tensors, safetensors};
@@ -69,11 +69,30 @@ struct Sidecars<'a> {
     path: &'a Path,
     config: &'a [u8],
     generation_config: Option<&'a [u8]>,
-    tokenizer: &'a [u8],
+    vocabulary: Vocabulary<'a>,
     tokenizer_config: Option<&'a [u8]>,
     special_tokens_map: Option<&'a [u8]>,
     /// `chat_template.jinja`, which stands before the entry in `tokenizer_config.json`.
     chat_template: Option<&'a [u8]>,
+    /// [`POOLING_FILE`] of an embedding model.
+    pooling: Option<&'a [u8]>,
+}
+
+/// The file that has the vocabulary.
+enum Vocabulary<'a> {
+    /// `tokenizer.json`.
+    Json(&'a [u8]),
+    /// SentencePiece's `tokenizer.model`, where there is no `tokenizer.json`.
+    SentencePiece(&'a [u8]),
+}
+
+impl Vocabulary<'_> {
+    fn file_name(&self) -> &'static str {
+        match self {
+            Vocabulary::Json(_) => "tokenizer.json",
+            Vocabulary::SentencePiece(_) => "tokenizer.model",
+        }
+    }
 }
 
 fn open_tiny() -> Result<Checkpoint, Error> {
@@ -90,10 +109,11 @@ fn open_tiny() -> Result<Checkpoint, Error> {
         path,
         config: tiny!("config.json"),
         generation_config: Some(tiny!("generation_config.json")),
-        tokenizer: tiny!("tokenizer.json"),
+        vocabulary: Vocabulary::Json(tiny!("tokenizer.json")),
         tokenizer_config: Some(tiny!("tokenizer_config.json")),
         special_tokens_map: Some(tiny!("special_tokens_map.json")),
         chat_template: None,
+        pooling: None,
     };
     describe(sidecars, tensors, "built in (safetensors)")
 }
@@ -105,26 +125,32 @@ fn open_directory(path: &Path, weights: &Path) -> Result<Checkpoint, Error> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(Error::file(&path.join(name), format!("cannot be read: {error}"))),
     };
-    let need = |name: &str| {
-        read(name)?.ok_or_else(|| {
-            Error::file(path, format!("has no {name}: it is not a whole Hugging Face checkpoint"))
-        })
+    let missing = |name: &str| {
+        Error::file(path, format!("has no {name}: it is not a whole Hugging Face checkpoint"))
     };
-    let config = need("config.json")?;
-    let tokenizer = need("tokenizer.json")?;
+    let config = read("config.json")?.ok_or_else(|| missing("config.json"))?;
+    let json = read("tokenizer.json")?;
+    let pieces = if json.is_some() { None } else { read("tokenizer.model")? };
+    let vocabulary = match (&json, &pieces) {
+        (Some(json), _) => Vocabulary::Json(json),
+        (None, Some(pieces)) => Vocabulary::SentencePiece(pieces),
+        (None, None) => return Err(missing("tokenizer.json or tokenizer.model")),
+    };
     let generation_config = read("generation_config.json")?;
     let tokenizer_config = read("tokenizer_config.json")?;
     let special_tokens_map = read("special_tokens_map.json")?;
     let chat_template = read("chat_template.jinja")?;
+    let pooling = read(POOLING_FILE)?;
     let tensors = formats::read_checkpoint(weights)?;
     let sidecars = Sidecars {
         path,
         config: &config,
         generation_config: generation_config.as_deref(),
-        tokenizer: &tokenizer,
+        vocabulary,
         tokenizer_config: tokenizer_config.as_deref(),
         special_tokens_map: special_tokens_map.as_deref(),
         chat_template: chat_template.as_deref(),
+        pooling: pooling.as_deref(),
     };
     describe(sidecars, tensors, "Hugging Face")
 }
@@ -176,6 +202,19 @@ fn describe_gguf(file: GgufFile, path: &Path) -> Result<Checkpoint, Error> {
     Ok(Checkpoint { description, tensors })
 }
 
+/// Where sentence-transformers keeps the pooling of an embedding model.
+const POOLING_FILE: &str = "1_Pooling/config.json";
+
+fn stated_pooling(path: &Path, bytes: &[u8]) -> Result<Pooling, Error> {
+    let json = parse_json(path, bytes)?;
+    let on = |key: &str| json.get(key) == Some(&Value::Bool(true));
+    match (on("pooling_mode_lasttoken"), on("pooling_mode_mean_tokens")) {
+        (true, false) => Ok(Pooling::Last),
+        (false, true) => Ok(Pooling::Mean),
+        _ => Err(Error::file(path, "asks for neither last-token nor mean pooling alone")),
+    }
+}
+
 /// Parses a JSON file of a checkpoint.
 fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, Error> {
     serde_json::from_slice(bytes)
@@ -206,14 +245,21 @@ fn describe(
         ));
     };
     let h = Hyperparameters::from_json(&config_path, &json, &tensors);
-    let config = (architecture.describe)(&h, &mut notes)?;
+    let mut config = (architecture.describe)(&h, &mut notes)?;
+    if config.pooling.is_some()
+        && let Some(bytes) = files.pooling
+    {
+        config.pooling = Some(stated_pooling(&files.path.join(POOLING_FILE), bytes)?);
+    }
 
-    let in_tokenizer = |error| Error::file(&files.path.join("tokenizer.json"), error);
     let tokenizer_config =
         TokenizerConfig::from_json(files.tokenizer_config, files.special_tokens_map)
-            .map_err(in_tokenizer)?;
-    let tokenizer =
-        Tokenizer::from_json(files.tokenizer, &tokenizer_config).map_err(in_tokenizer)?;
+            .map_err(|error| Error::file(files.path, error))?;
+    let tokenizer = match files.vocabulary {
+        Vocabulary::Json(bytes) => Tokenizer::from_json(bytes, &tokenizer_config),
+        Vocabulary::SentencePiece(bytes) => Tokenizer::from_sentencepiece(bytes, &tokenizer_config),
+    }
+    .map_err(|error| Error::file(&files.path.join(files.vocabulary.file_name()), error))?;
 
     let template = match (files.chat_template, &tokenizer_config.chat_template) {
         (Some(source), _) => {

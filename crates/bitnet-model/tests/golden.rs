@@ -7,13 +7,14 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::DType;
 use bitnet_core::backend::{ActivationPrecision, Backend};
+use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::decoder::Decoder;
 use bitnet_model::source;
 use bitnet_model::weights;
 use bitnet_quant::activation::quantize_row;
 use bitnet_quant::reference::ReferenceBackend;
 use bitnet_testing::golden::{GoldenModel, argmax, deviation, divergence};
-use bitnet_testing::{golden, shared_data};
+use bitnet_testing::{golden, shared_data, tiny_model};
 
 use support::{all_logits, assert_near, check_hidden, check_ternary, load};
 
@@ -31,6 +32,18 @@ const RANDOM: [&str; 8] = [
 
 /// Models with trained weights, calmer but closer to the boundaries.
 const TRAINED: [&str; 2] = ["tiny-trained", "tiny-trained-packed"];
+
+/// Where a golden model lies: the packed trained one is the one that is built in.
+fn model_path(name: &str) -> Option<PathBuf> {
+    if name == "tiny-trained-packed" { Some(tiny_model()) } else { golden(name) }
+}
+
+fn read_golden(name: &str, path: &Path) -> GoldenModel {
+    match golden(name) {
+        Some(directory) if path.is_dir() => GoldenModel::read_from(path, &directory.join("golden")),
+        _ => GoldenModel::read(path),
+    }
+}
 
 /// Logits of one prompt's last position, tight or loose as the golden README says.
 fn check_last(name: &str, golden: &GoldenModel, k: usize, ours: &[f32], tight: bool, loose: f32) {
@@ -81,7 +94,7 @@ fn check_greedy<B: Backend>(name: &str, golden: &GoldenModel, decoder: &Decoder<
 }
 
 fn check_model<B: Backend>(name: &str, path: PathBuf, backend: B) {
-    let golden = GoldenModel::read(&path);
+    let golden = read_golden(name, &path);
     let decoder = load(backend, &path);
     let trained = name.contains("trained");
     for (k, prompt) in golden.prompts.iter().enumerate() {
@@ -157,19 +170,33 @@ fn check_linears(name: &str, golden: &GoldenModel, path: &Path) {
     }
 }
 
+fn cpu() -> CpuBackend {
+    CpuBackend::new(CpuOptions::default()).unwrap()
+}
+
 #[test]
 fn random_models_match_the_reference_within_the_tight_bound() {
     for name in RANDOM {
-        let Some(path) = golden(name) else { continue };
-        check_model(name, path, ReferenceBackend);
+        let Some(path) = model_path(name) else { continue };
+        check_model(name, path, cpu());
     }
 }
 
 #[test]
 fn trained_models_match_the_reference() {
     for name in TRAINED {
-        let Some(path) = golden(name) else { continue };
-        check_model(name, path, ReferenceBackend);
+        let Some(path) = model_path(name) else { continue };
+        check_model(name, path, cpu());
+    }
+}
+
+#[test]
+fn the_scalar_reference_and_the_kernels_give_the_same_bits() {
+    for name in ["llama-1.58-packed", "bitnet-1bitllm", "tiny-trained-packed"] {
+        let Some(path) = model_path(name) else { continue };
+        let ids = &read_golden(name, &path).prompts[2].ids;
+        let scalar = all_logits(&load(ReferenceBackend, &path), ids);
+        assert!(scalar == all_logits(&load(cpu(), &path), ids), "{name}");
     }
 }
 
@@ -182,15 +209,15 @@ fn gguf_models_match_the_reference() {
     ];
     for (name, path) in found {
         let Some(path) = path else { continue };
-        check_model(name, path, ReferenceBackend);
+        check_model(name, path, cpu());
     }
 }
 
 #[test]
 fn ternary_matrices_are_exactly_those_of_the_reference() {
     for name in RANDOM.iter().chain(&TRAINED) {
-        let Some(path) = golden(name) else { continue };
-        let compared = check_ternary(name, &GoldenModel::read(&path), &path);
+        let Some(path) = model_path(name) else { continue };
+        let compared = check_ternary(name, &read_golden(name, &path), &path);
         // Only the plain module's reference has no digests.
         assert!(compared > 0 || *name == "bitnet-1bitllm", "{name} has no ternary digests");
     }
@@ -202,8 +229,8 @@ fn a_torch_file_gives_the_same_tensors_as_safetensors() {
         return;
     };
     let ids = &GoldenModel::read(&safetensors).prompts[1].ids;
-    let from_bin = all_logits(&load(ReferenceBackend, &bin), ids);
-    let from_safetensors = all_logits(&load(ReferenceBackend, &safetensors), ids);
+    let from_bin = all_logits(&load(cpu(), &bin), ids);
+    let from_safetensors = all_logits(&load(cpu(), &safetensors), ids);
     assert_eq!(from_bin, from_safetensors);
     assert_eq!(
         source::open(bin.to_str().unwrap())

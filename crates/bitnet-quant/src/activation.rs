@@ -3,7 +3,7 @@
 use bitnet_core::numerics;
 
 /// What multiplies and corrects the integer products of a quantised row.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
 pub struct QuantizedRow {
     /// `127 / max(absmax, 1e-5)`: a quantised value is about `scale` times the original.
     pub scale: f32,

@@ -44,6 +44,14 @@ impl GoldenModel {
             true => model.join("golden"),
             false => model.with_extension("golden"),
         };
+        Self::read_from(model, &stem)
+    }
+
+    /// Reads the golden files `stem.json` and `stem.safetensors` of a model that lies elsewhere.
+    ///
+    /// # Panics
+    /// If they are not there or not readable.
+    pub fn read_from(model: &Path, stem: &Path) -> Self {
         let file = |extension: &str| {
             let path = PathBuf::from(format!("{}.{extension}", stem.display()));
             fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))

@@ -134,6 +134,17 @@ impl TokenBytes {
     }
 }
 
+/// What decoding does with the space that an encoder put before a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LeadingSpace {
+    /// It puts none there.
+    Kept,
+    /// The first token's is left out.
+    Dropped,
+    /// One is left out of every token until there is text.
+    DroppedUntilText,
+}
+
 /// The parts a reader hands over to make a [`Tokenizer`].
 struct Parts {
     segmentation: Segmentation,
@@ -146,8 +157,7 @@ struct Parts {
     suffix: Vec<u32>,
     bos: Option<u32>,
     eos: Option<u32>,
-    /// Whether a text's first token begins with a space that the encoder put there.
-    strips_first_space: bool,
+    leading_space: LeadingSpace,
 }
 
 /// A vocabulary with the rules to encode and decode by it.
@@ -162,7 +172,7 @@ pub struct Tokenizer {
     suffix: Vec<u32>,
     bos: Option<u32>,
     eos: Option<u32>,
-    strips_first_space: bool,
+    leading_space: LeadingSpace,
 }
 
 impl Tokenizer {
@@ -202,7 +212,7 @@ impl Tokenizer {
             suffix,
             bos,
             eos,
-            strips_first_space: parts.strips_first_space,
+            leading_space: parts.leading_space,
         };
         let named = tokenizer.prefix.iter().chain(&tokenizer.suffix).copied();
         for id in named.chain(bos).chain(eos) {
