@@ -115,12 +115,13 @@ fn a_run_of_unknown_characters_is_one_unknown_token() {
 
 #[test]
 fn user_defined_pieces_stand_whatever_merges_would_do() {
-    let pieces =
-        with_letters(&[("ab", -1.0, 0), ("bc", 0.0, USER_DEFINED), ("a b", 0.0, USER_DEFINED)]);
+    let pieces = with_letters(&[("ab", -1.0, 0), ("bc", 0.0, USER_DEFINED)]);
     for algorithm in [BPE, UNIGRAM] {
         let model = Model::new(algorithm, &pieces);
         assert_eq!(model.names("abc"), ["<s>", "▁", "a", "bc"]);
     }
+    let joined = with_letters(&[("bc", 0.0, USER_DEFINED), ("abc", -1.0, 0)]);
+    assert_eq!(Model::new(BPE, &joined).names("abc"), ["<s>", "▁", "a", "bc"]);
 }
 
 #[test]
