@@ -25,8 +25,7 @@ pub fn quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow {
     let scale = (1.0 / at_least(numerics::max_abs(x), 1e-5)) * 127.0;
     let mut sum = 0i32;
     for (q, &x) in q.iter_mut().zip(x) {
-        // `as` saturates, which is the clamp, and takes NaN to 0.
-        *q = (x * scale).round_ties_even() as i8;
+        *q = numerics::round_to_i8(x * scale);
         sum += i32::from(*q);
     }
     QuantizedRow { scale, sum }

@@ -158,7 +158,11 @@ impl<B: Backend> Pair<'_, B> {
         normed: bool,
     ) {
         let (rows, cols) = (matrix.rows(), matrix.cols());
-        let x = self.buffer(tokens + 1, cols, &random.activations(tokens * cols));
+        let values = match random.below(3) {
+            0 => random.near_ties(tokens * cols, cols),
+            _ => random.activations(tokens * cols),
+        };
+        let x = self.buffer(tokens + 1, cols, &values);
         let (ours, theirs) = self.norm(random, cols);
         let mut out = self.unwritten(tokens, rows);
         let linear = self.backend.load_linear(matrix, precision).expect("a linear");
@@ -440,7 +444,7 @@ impl<B: Backend> Pair<'_, B> {
         let rows = spans.iter().map(|span| span.rows.end).max().unwrap_or(0);
         let width = layout.kv_heads * layout.head_size;
         let k = self.buffer(rows, width, &random.activations(rows * width));
-        let v = self.buffer(rows, width, &random.activations(rows * width));
+        let v = self.buffer(rows, width, &random.near_ties(rows * width, layout.head_size));
         self.backend.kv_write(&mut kv.ours, layer, &k.ours, &v.ours, spans);
         self.reference.kv_write(&mut kv.theirs, layer, &k.theirs, &v.theirs, spans);
         let width = shape.heads * layout.head_size;

@@ -41,6 +41,13 @@ impl Random {
             })
             .collect()
     }
+
+    /// `len` numbers whose int8 values are all ties or next to one, in rows of `cols` whose largest
+    /// magnitude is 1: they tell apart orders of operations that agree on other numbers.
+    pub fn near_ties(&mut self, len: usize, cols: usize) -> Vec<f32> {
+        let tie = |random: &mut Self| (random.below(254) as f32 - 126.5) / 127.0;
+        (0..len).map(|i| if i % cols == 0 { 1.0 } else { tie(self) }).collect()
+    }
 }
 
 #[cfg(test)]

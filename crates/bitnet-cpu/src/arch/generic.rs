@@ -112,7 +112,7 @@ pub(super) fn quantize_head(x: &[f32], q: &mut [i8]) -> f32 {
     let absmax = numerics::max_abs(x);
     let inverse = if absmax == 0.0 { 0.0 } else { 127.0 / absmax };
     for (q, x) in q.iter_mut().zip(x) {
-        *q = (x * inverse).round_ties_even() as i8;
+        *q = numerics::round_to_i8(x * inverse);
     }
     absmax / 127.0
 }

@@ -17,6 +17,7 @@ use super::BlockPacking;
 /// # Panics
 /// If `bytes` is not exactly a row of that many elements, or for types that have no f32 rows: the
 /// integers and [`DType::I2S`].
+#[inline(always)]
 pub fn decode_row(dtype: DType, bytes: &[u8], out: &mut [f32]) {
     let (len, size) = (dtype.block_len(), dtype.block_bytes());
     assert!(
@@ -91,6 +92,7 @@ fn each_block(
 }
 
 /// 32 values: f16 `d`, then i8 `q`; value `d q`.
+#[inline(always)]
 fn q8_0(block: &[u8], out: &mut [f32]) {
     let (d, q) = block.split_at(2);
     let d = f16_to_f32([d[0], d[1]]);
@@ -102,6 +104,7 @@ fn q8_0(block: &[u8], out: &mut [f32]) {
 /// 256 values in eight groups of 32: f16 `d`, f16 `dmin`, 12 bytes of 6-bit group scales and minima,
 /// then 128 bytes of nibbles; value `d scale q - dmin min`. Each 32 bytes hold the group with even
 /// number in their low nibbles and the next in their high ones.
+#[inline(always)]
 fn q4_k(block: &[u8], out: &mut [f32]) {
     let d = f16_to_f32([block[0], block[1]]);
     let dmin = f16_to_f32([block[2], block[3]]);
@@ -135,6 +138,7 @@ fn q4_k(block: &[u8], out: &mut [f32]) {
 /// sixteen i8 group scales, f16 `d`; value `d scale (q - 32)`. Each half of 128 values has 64 bytes
 /// of nibbles, the first 64 values in the low ones, and 32 bytes of bit pairs, value `32 l + m` in bits
 /// `2 l` of byte `m`.
+#[inline(always)]
 fn q6_k(block: &[u8], out: &mut [f32]) {
     let (low, rest) = block.split_at(128);
     let (high, rest) = rest.split_at(64);

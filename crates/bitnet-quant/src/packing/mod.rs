@@ -9,6 +9,7 @@
 //! | `TQ1_0` | 256 in 52 bytes, base 3 | one f16 per block | [`tq`] |
 //! | `TQ2_0` | 256 in 64 bytes | one f16 per block | [`tq`] |
 //! | `Q2_0` | 64 (or 128) in 16 (32) bytes | one f16 per block | [`q2_0`] |
+//! | kernel tiles | 16 x 16 in 64 bytes | beside them | [`tile`] |
 //!
 //! All store a weight `w` as the code `w + 1`. A fourth code fits into two bits and is no ternary
 //! weight: it is refused with its place.

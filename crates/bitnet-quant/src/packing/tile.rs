@@ -145,8 +145,8 @@ mod tests {
         pack(&m, &mut bytes);
         assert_eq!(bytes.len(), 2 * 3 * 64);
         // Planes 2 and 3 of the third tile are padding, 0b0101; plane 0 is code 0.
-        assert_eq!(bytes[(3 + 2) * 64 + 11], 0b0101_10_00);
-        assert_eq!(bytes[(3 + 2) * 64 + 10], 0b0101_00_00);
+        assert_eq!(bytes[(3 + 2) * 64 + 11], 0b0101_1000);
+        assert_eq!(bytes[(3 + 2) * 64 + 10], 0b0101_0000);
         assert_eq!(bytes[3 * 64 + 4 * 4], 0b0101_0101, "rows past the last are weight 0");
     }
 
