@@ -27,6 +27,11 @@ fn models() -> Vec<(PathBuf, Vec<u32>)> {
         "bitnet-1bitllm",
         "tiny-trained",
         "gguf/bitnet-packed-TQ2_0.gguf",
+        "trilm",
+        "llama3-rope",
+        "bonsai",
+        "bitnet-1bitllm-odd",
+        "gguf/trilm-TQ1_0.gguf",
     ] {
         let Some(path) = golden(name) else { continue };
         found.push((path.clone(), GoldenModel::read(&path).prompts[3].ids.clone()));
