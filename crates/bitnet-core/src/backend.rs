@@ -146,7 +146,7 @@ pub struct Scratch<B: Backend> {
 /// that row alone (and, in attention, on the keys and values of its own
 /// sequence): batching and chunking never change a bit.
 #[allow(clippy::too_many_arguments)] // an operation names its operands
-pub trait Backend: Send + Sync + Sized {
+pub trait Backend: Send + Sync + Sized + 'static {
     /// f32 activations.
     type Buffer: Send;
     /// A loaded f32 vector: the weight of a norm.

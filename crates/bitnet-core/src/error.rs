@@ -39,6 +39,14 @@ pub enum Error {
         /// Which rule is broken.
         reason: String,
     },
+    /// A tensor of another element type than its reader asks for.
+    #[error("the tensor holds {found} where {expected} is needed")]
+    TensorType {
+        /// Element type found.
+        found: DType,
+        /// What is needed.
+        expected: &'static str,
+    },
     /// A ternary code outside {0, 1, 2}, that is a weight outside {-1, 0, +1}.
     #[error(
         "illegal ternary code {code} at row {row}, column {column}: only 0, 1 and 2 (weights -1, 0, +1) exist"

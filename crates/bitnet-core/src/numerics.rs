@@ -14,6 +14,10 @@
 /// Virtual lanes of a float reduction.
 pub const LANES: usize = 32;
 
+/// Tokens per split of the keys in attention: split `s` covers the positions
+/// `s * ATTENTION_SPLIT ..` of a sequence, whatever the block size or the number of threads.
+pub const ATTENTION_SPLIT: usize = 512;
+
 /// Folds the lanes of a reduction: halves onto halves, 16, 8, 4, 2, 1.
 #[inline(always)]
 pub fn fold(mut lanes: [f32; LANES], combine: impl Fn(f32, f32) -> f32) -> f32 {
@@ -111,9 +115,9 @@ pub fn exp(x: f32) -> f32 {
     p = p.mul_add(r, 0.5);
     let value = p.mul_add(r * r, r) + 1.0;
     // 2^n in two factors: n reaches 128, whose power alone is not finite.
-    let exponent = n.clamp(-126.0, 128.0) as i32;
+    let exponent = round_to_i32(n.clamp(-126.0, 128.0));
     let low = exponent >> 1;
-    let power = |k: i32| f32::from_bits(((k + 127) as u32) << 23);
+    let power = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
     let scaled = value * power(low) * power(exponent - low);
     if x < -87.3 {
         0.0
@@ -122,6 +126,24 @@ pub fn exp(x: f32) -> f32 {
     } else {
         scaled
     }
+}
+
+/// A number of magnitude below 2^22 rounded to an integer, halves to even; any integer for NaN. The
+/// sum with 1.5 * 2^23 has the integer in its low bits: unlike `as`, which saturates, this is
+/// vector code on every instruction set.
+#[inline(always)]
+pub fn round_to_i32(x: f32) -> i32 {
+    const ABOVE: f32 = 12_582_912.0;
+    ((x + ABOVE).to_bits() as i32).wrapping_sub(ABOVE.to_bits() as i32)
+}
+
+/// `clamp(round_half_even(x), -128, 127)`, 0 for NaN: what `x.round_ties_even() as i8` is.
+#[inline(always)]
+pub fn round_to_i8(x: f32) -> i8 {
+    let x = if x.is_nan() { 0.0 } else { x };
+    let x = if x > 127.0 { 127.0 } else { x };
+    let x = if x < -128.0 { -128.0 } else { x };
+    round_to_i32(x) as i8
 }
 
 /// `x / (1 + e^-x)`.
@@ -187,6 +209,21 @@ mod tests {
         assert_eq!(exp(f32::INFINITY), f32::INFINITY);
         assert!(exp(88.7).is_finite() && exp(-87.29) > 0.0);
         assert!(exp(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn rounding_agrees_with_the_standard_library() {
+        for step in -300_000..300_000 {
+            // Eighths, so that every half is met, and numbers right beside halves.
+            let x = step as f32 / 8.0;
+            for x in [x, f32::from_bits(x.to_bits() + 1), f32::from_bits(x.to_bits() ^ 1)] {
+                assert_eq!(round_to_i32(x), x.round_ties_even() as i32, "{x}");
+                assert_eq!(round_to_i8(x), x.round_ties_even() as i8, "{x}");
+            }
+        }
+        for x in [f32::NAN, -f32::NAN, f32::INFINITY, -f32::INFINITY, 3e38, -0.0, 1e-45] {
+            assert_eq!(round_to_i8(x), x.round_ties_even() as i8, "{x}");
+        }
     }
 
     #[test]

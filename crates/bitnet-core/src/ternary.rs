@@ -93,15 +93,44 @@ impl TernaryMatrix {
         let mut row_codes = vec![1; stride * 4];
         for row in 0..rows {
             fill(row, &mut row_codes[..cols]);
-            if let Some(column) = row_codes.iter().position(|&code| code > 2) {
+            // Billions of weights pass here while a model loads. A search that may stop early and
+            // four separate bytes stay scalar code; a maximum and 32-bit shifts become vector code.
+            if row_codes.iter().fold(0, |largest, &code| code.max(largest)) > 2 {
+                let column = row_codes.iter().position(|&code| code > 2).expect("it was seen");
                 return Err(Error::IllegalCode { code: row_codes[column], row, column });
             }
             let packed = &mut codes[row * stride..(row + 1) * stride];
-            for (byte, four) in packed.iter_mut().zip(row_codes.chunks_exact(4)) {
-                *byte = four[0] | four[1] << 2 | four[2] << 4 | four[3] << 6;
+            for (byte, four) in packed.iter_mut().zip(row_codes.as_chunks::<4>().0) {
+                let four = u32::from_le_bytes(*four);
+                *byte = (four | four >> 6 | four >> 12 | four >> 18) as u8;
             }
         }
         Ok(TernaryMatrix { rows, cols, codes, scale })
+    }
+
+    /// The same matrix with its rows in another order: row `i` of the result is row `order[i]`.
+    ///
+    /// # Panics
+    /// If `order` has another length than the matrix has rows, or names a row that is not there.
+    pub fn reorder_rows(&self, order: &[usize]) -> Self {
+        assert_eq!(order.len(), self.rows);
+        let stride = self.cols.div_ceil(4);
+        let mut codes = Vec::with_capacity(self.codes.len());
+        for &row in order {
+            codes.extend_from_slice(&self.codes[row * stride..(row + 1) * stride]);
+        }
+        let scale = match &self.scale {
+            WeightScale::Rows(values) => {
+                WeightScale::Rows(order.iter().map(|&row| values[row]).collect())
+            }
+            WeightScale::Groups { len, values } => {
+                let groups = self.cols / len;
+                let values = order.iter().flat_map(|&row| &values[row * groups..][..groups]);
+                WeightScale::Groups { len: *len, values: values.copied().collect() }
+            }
+            single => single.clone(),
+        };
+        TernaryMatrix { rows: self.rows, cols: self.cols, codes, scale }
     }
 
     /// Output features.
@@ -164,6 +193,15 @@ mod tests {
         assert_eq!(row1, [-1, 0, 1, -1, 0, -1]);
         assert_eq!(m.packed_row(1).len(), 2);
         assert_eq!(m.packed_row(1)[1] >> 4, 0b0101, "padding codes are zero weights");
+    }
+
+    #[test]
+    fn rows_move_with_their_scales() {
+        let m = matrix(WeightScale::Rows(vec![0.5, 2.0]), 0).unwrap();
+        let swapped = m.reorder_rows(&[1, 0]);
+        assert_eq!(swapped.packed_row(0), m.packed_row(1));
+        assert_eq!(*swapped.scale(), WeightScale::Rows(vec![2.0, 0.5]));
+        assert_eq!(swapped.reorder_rows(&[1, 0]), m);
     }
 
     #[test]

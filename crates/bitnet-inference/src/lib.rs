@@ -1,1 +1,16 @@
-//! Placeholder.
+//! The inference engine: a model on a device, sequences, sampling, text as it is generated.
+#![forbid(unsafe_code)]
+
+pub mod error;
+pub mod generate;
+pub mod model;
+pub mod random;
+pub mod sampler;
+pub mod session;
+pub mod stop;
+
+pub use error::Error;
+pub use generate::{FinishReason, GenerateOptions, Generation, generate};
+pub use model::{Model, ModelOptions};
+pub use sampler::SamplingParams;
+pub use session::{Session, SessionOptions};

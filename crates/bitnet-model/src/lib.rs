@@ -1,9 +1,15 @@
 //! From files to a runnable decoder: readers, architectures, weights, tokenizer and chat template.
 #![forbid(unsafe_code)]
 
+pub mod arch;
 pub mod chat;
+pub mod config;
+pub mod decoder;
 pub mod error;
 pub mod formats;
+mod known;
+pub mod source;
 pub mod tokenizer;
+pub mod weights;
 
 pub use error::Error;

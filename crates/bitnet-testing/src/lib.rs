@@ -1,6 +1,12 @@
 //! Shared parts of this project's tests: where golden data lies, and what backends must do.
 #![forbid(unsafe_code)]
 
+pub mod conformance;
+pub mod golden;
+mod random;
+
+pub use random::Random;
+
 use std::path::{Path, PathBuf};
 
 fn workspace_root() -> &'static Path {
@@ -23,6 +29,11 @@ fn first_existing(path: &str, roots: [PathBuf; 2]) -> Option<PathBuf> {
 pub fn golden(path: &str) -> Option<PathBuf> {
     let copy = Path::new(env!("CARGO_MANIFEST_DIR")).join("golden");
     first_existing(path, [copy, workspace_root().join("../shared/golden")])
+}
+
+/// The folder of the model that is built into the program.
+pub fn tiny_model() -> PathBuf {
+    workspace_root().join("models/tiny")
 }
 
 /// A file or folder of the training and test data: from the copy in this crate, or from

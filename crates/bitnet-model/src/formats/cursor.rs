@@ -34,6 +34,14 @@ impl<'a> Cursor<'a> {
         self.take(N as u64)?.try_into().ok()
     }
 
+    pub(super) fn u8(&mut self) -> Option<u8> {
+        self.array().map(u8::from_le_bytes)
+    }
+
+    pub(super) fn u16(&mut self) -> Option<u16> {
+        self.array().map(u16::from_le_bytes)
+    }
+
     pub(super) fn u32(&mut self) -> Option<u32> {
         self.array().map(u32::from_le_bytes)
     }
@@ -49,10 +57,10 @@ mod tests {
 
     #[test]
     fn reads_past_the_end_give_nothing_and_do_not_move() {
-        let mut cursor = Cursor::new(&[1, 0, 0, 0, 2], 0);
-        assert_eq!(cursor.u32(), Some(1));
-        assert_eq!((cursor.u32(), cursor.take(u64::MAX), cursor.position()), (None, None, 4));
-        assert_eq!((cursor.take(1), cursor.remaining()), (Some(&[2][..]), 0));
-        assert_eq!(Cursor::new(&[1], 9).u32(), None);
+        let mut cursor = Cursor::new(&[1, 0, 2], 0);
+        assert_eq!(cursor.u16(), Some(1));
+        assert_eq!((cursor.u16(), cursor.take(u64::MAX), cursor.position()), (None, None, 2));
+        assert_eq!((cursor.u8(), cursor.remaining()), (Some(2), 0));
+        assert_eq!(Cursor::new(&[1], 9).u8(), None);
     }
 }

@@ -8,8 +8,8 @@ use bitnet_core::mmap::map_file;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, Visitor};
 
-use super::{DOWNLOAD_AGAIN, MAX_TENSORS, ReadFile, Tensors, excerpt, refuse_stand_in};
-use crate::error::Error;
+use super::{DOWNLOAD_AGAIN, MAX_TENSORS, ReadFile, Tensors, refuse_stand_in};
+use crate::error::{Error, excerpt};
 
 /// The shards of a checkpoint and the tensors that each must have.
 #[derive(Debug)]
@@ -66,7 +66,7 @@ pub(super) fn read(path: &Path, into: &mut Tensors, read_shard: ReadFile) -> Res
         if let Some(name) = tensors.iter().find(|name| into.path_of(name) != Some(&shard)) {
             let reason =
                 format!("is not there although {} says so; {DOWNLOAD_AGAIN}", path.display());
-            return Err(Error::tensor(&shard, &excerpt(name), reason));
+            return Err(Error::tensor(&shard, name, reason));
         }
     }
     Ok(())

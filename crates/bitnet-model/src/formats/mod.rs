@@ -8,8 +8,10 @@
 mod cursor;
 pub mod gguf;
 pub mod index;
+pub mod pickle;
 
 pub mod safetensors;
+mod zip;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -62,7 +64,7 @@ impl Tensors {
     ) -> Result<(), Error> {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             let reason = format!("a name of {} bytes; 1 to {MAX_NAME_BYTES} are read", name.len());
-            return Err(Error::tensor(path, &excerpt(&name), reason));
+            return Err(Error::tensor(path, &name, reason));
         }
         if self.entries.len() == MAX_TENSORS {
             return Err(Error::file(path, format!("more than {MAX_TENSORS} tensors")));
@@ -124,15 +126,17 @@ impl Tensors {
 type ReadFile = fn(&Path, &mut Tensors) -> Result<(), Error>;
 
 /// The names a Hugging Face checkpoint can have, best first, and who reads them.
-const CHECKPOINT_FILES: [(&str, ReadFile); 2] = [
+const CHECKPOINT_FILES: [(&str, ReadFile); 4] = [
     ("model.safetensors", safetensors::read),
     ("model.safetensors.index.json", safetensors::read_index),
+    ("pytorch_model.bin", pickle::read),
+    ("pytorch_model.bin.index.json", pickle::read_index),
 ];
 
 /// Reads the tensors of a Hugging Face checkpoint: a directory, or one of its files.
 ///
-/// In a directory `model.safetensors` comes first and then its index of
-/// shards. A single file is told by its name (`*.index.json`) or by its
+/// In a directory `model.safetensors` comes first, then its index of shards, then
+/// `pytorch_model.bin` and its index. A single file is told by its name (`*.index.json`) or by its
 /// first bytes. GGUF has its own entry, [`gguf::read`], because it brings metadata.
 ///
 /// # Errors
@@ -151,10 +155,14 @@ pub fn read_checkpoint(path: &Path) -> Result<Tensors, Error> {
     let name = path.file_name().unwrap_or_default().to_string_lossy();
     if name.ends_with(".safetensors.index.json") {
         safetensors::read_index(path, &mut tensors)?;
+    } else if name.ends_with(".bin.index.json") {
+        pickle::read_index(path, &mut tensors)?;
     } else {
         let bytes = map_file(path)?;
         if bytes.starts_with(gguf::MAGIC) {
             return Err(Error::file(path, "is a GGUF file, not a Hugging Face checkpoint"));
+        } else if pickle::is_torch(&bytes) {
+            pickle::from_bytes(bytes, path, &mut tensors)?;
         } else {
             safetensors::from_bytes(bytes, path, &mut tensors)?;
         }
@@ -174,16 +182,6 @@ fn refuse_stand_in(bytes: &[u8], path: &Path) -> Result<(), Error> {
         Err(Error::file(path, reason))
     } else {
         Ok(())
-    }
-}
-
-/// The beginning of a text from a file, safe to print: a message should neither fill the screen
-/// nor send it control characters.
-fn excerpt(text: &str) -> String {
-    const CHARS: usize = 120;
-    match text.char_indices().nth(CHARS) {
-        None => text.escape_debug().to_string(),
-        Some((end, _)) => format!("{}...", text[..end].escape_debug()),
     }
 }
 
@@ -230,12 +228,6 @@ mod tests {
             assert!(error.contains(word), "{error}");
         }
         refuse_stand_in(b"GGUF", path).unwrap();
-    }
-
-    #[test]
-    fn texts_from_files_are_cut_and_escaped_in_messages() {
-        assert_eq!(excerpt("a\u{1b}[2J"), "a\\u{1b}[2J");
-        assert_eq!(excerpt(&"é".repeat(500)).chars().count(), 123);
     }
 
     #[test]

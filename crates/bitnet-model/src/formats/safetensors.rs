@@ -15,8 +15,8 @@ use bytes::Bytes;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
 
-use super::{DOWNLOAD_AGAIN, MAX_RANK, MAX_TENSORS, Tensors, excerpt, index, refuse_stand_in};
-use crate::error::Error;
+use super::{DOWNLOAD_AGAIN, MAX_RANK, MAX_TENSORS, Tensors, index, refuse_stand_in};
+use crate::error::{Error, excerpt};
 
 /// Longest header in bytes: the limit of the format's own implementation.
 const MAX_HEADER_BYTES: u64 = 100_000_000;
@@ -46,7 +46,7 @@ pub fn from_bytes(bytes: Bytes, path: &Path, into: &mut Tensors) -> Result<(), E
     // anything.
     let mut filled = 0;
     for (name, entry) in tensors {
-        let error = |reason: String| Error::tensor(path, &excerpt(&name), reason);
+        let error = |reason: String| Error::tensor(path, &name, reason);
         let (begin, end) = entry.data_offsets;
         if end < begin {
             return Err(error(format!("ends at byte {end} of the data, before its begin {begin}")));

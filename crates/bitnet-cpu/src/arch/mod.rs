@@ -1,0 +1,338 @@
+//! The inner loops, per instruction set. Slices outside, pointers inside.
+//!
+//! The float kernels are written once, in [`generic`], from the recipes of
+//! [`bitnet_core::numerics`]; each instruction set compiles its own copy of them (the macro
+//! [`instantiate`]), which the compiler vectorises. Strict IEEE semantics and fused multiply-adds
+//! make all copies give the same bits. Only the integer product of ternary weights, whose
+//! instructions no compiler finds by itself, is written by hand for each.
+//!
+//! [`Kernels`] is the table of one instruction set. A table is handed out only by
+//! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
+//! functions can run here.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod generic;
+#[cfg(target_arch = "aarch64")]
+mod neon;
+mod scalar;
+
+use std::ops::Range;
+
+use bitnet_core::DType;
+use bitnet_core::backend::Activation;
+use bitnet_quant::activation::QuantizedRow;
+use bitnet_quant::packing::tile;
+
+use crate::Isa;
+
+pub(crate) use generic::{HeadPlace, HeadRow, KvRows, Query, partial_len};
+
+/// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
+pub(crate) type Tile = [u8; tile::BYTES];
+
+type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
+type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
+
+/// The kernels of one instruction set.
+pub(crate) struct Kernels {
+    /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.
+    pub(crate) name: &'static str,
+    ternary_int8: TernaryInt8,
+    ternary_f32: TernaryF32,
+    rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
+    quantize_row: unsafe fn(&[f32], &mut [i8]) -> QuantizedRow,
+    rope: unsafe fn(&mut [f32], usize, &[f32], &[f32]),
+    add_scaled: unsafe fn(&[f32; tile::ROWS], &[f32; tile::ROWS], &mut [f32; tile::ROWS]),
+    quantize_head: unsafe fn(&[f32], &mut [i8]) -> f32,
+    gate: unsafe fn(Activation, &mut [f32], &[f32]),
+    add: unsafe fn(&mut [f32], &[f32]),
+    decode: unsafe fn(DType, &[u8], &mut [f32]),
+    head_row: unsafe fn(HeadRow<'_>, &mut [f32], &mut [f32]),
+    attend: unsafe fn(Query<'_>, Range<usize>, &mut [f32], &mut [f32]),
+    merge: unsafe fn(usize, &mut [f32], &[f32]),
+    finish: unsafe fn(usize, &[f32], &mut [f32]),
+}
+
+impl Kernels {
+    /// The kernels for `isa`, if this CPU can run them.
+    pub(crate) fn for_isa(isa: Isa) -> Option<&'static Kernels> {
+        match isa {
+            Isa::Scalar => Some(scalar::kernels()),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => avx512::kernels(),
+            #[cfg(target_arch = "aarch64")]
+            Isa::Neon => neon::kernels(),
+            #[allow(unreachable_patterns)] // on no architecture are all of them there
+            _ => None,
+        }
+    }
+
+    /// `acc[t][r] = sum over k of code(r, k) * q[t * stride + k]`, exactly, for the 16 rows of a
+    /// band and the columns of `tiles`; a code is a weight plus 1. Columns of padding must meet
+    /// zeros in `q`.
+    ///
+    /// # Panics
+    /// If `q` is too short.
+    pub(crate) fn ternary_int8(
+        &self,
+        tiles: &[Tile],
+        q: &[i8],
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        let Some(last) = acc.len().checked_sub(1) else { return };
+        assert!(last * stride + tiles.len() * tile::COLS <= q.len());
+        // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that the
+        // kernels read, as just checked.
+        unsafe { (self.ternary_int8)(tiles, q, stride, acc) }
+    }
+
+    /// `sums[t][r] = sum over k of weight(r, k) * x[t * stride + k]` in four accumulators by
+    /// `k % 4`, for the 16 rows of a band and the columns of `tiles`. Columns of padding must meet
+    /// zeros in `x`.
+    ///
+    /// # Panics
+    /// If `x` is too short.
+    pub(crate) fn ternary_f32(
+        &self,
+        tiles: &[Tile],
+        x: &[f32],
+        stride: usize,
+        sums: &mut [[f32; tile::ROWS]],
+    ) {
+        // SAFETY: the CPU has the instructions (see `Kernels`); the function itself is safe code.
+        unsafe { (self.ternary_f32)(tiles, x, stride, sums) }
+    }
+}
+
+/// Safe methods for kernels that are safe code but for the instructions they are compiled to.
+macro_rules! methods {
+    ($($(#[$doc:meta])* $name:ident($($arg:ident: $type:ty),*) $(-> $result:ty)?;)*) => {
+        impl Kernels {
+            $($(#[$doc])*
+            pub(crate) fn $name(&self, $($arg: $type),*) $(-> $result)? {
+                // SAFETY: the CPU has the instructions (see `Kernels`); the function itself is
+                // safe code.
+                unsafe { (self.$name)($($arg),*) }
+            })*
+        }
+    };
+}
+
+methods! {
+    /// [`bitnet_core::numerics::rms_norm`].
+    rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
+    /// [`bitnet_quant::activation::quantize_row`].
+    quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow;
+    /// `totals[r] += scales[r] * sums[r]`, fused: one scale group of a band.
+    add_scaled(
+        scales: &[f32; tile::ROWS],
+        sums: &[f32; tile::ROWS],
+        totals: &mut [f32; tile::ROWS]
+    );
+    /// Rounds one head's key or value to int8 and returns its scale, `absmax / 127`.
+    quantize_head(x: &[f32], q: &mut [i8]) -> f32;
+    /// Rotates each head of a row: `x`, head size, cosines, sines.
+    rope(x: &mut [f32], head_size: usize, cos: &[f32], sin: &[f32]);
+    /// `gate = activation(gate) * up`.
+    gate(activation: Activation, gate: &mut [f32], up: &[f32]);
+    /// `x += y`.
+    add(x: &mut [f32], y: &[f32]);
+    /// [`bitnet_quant::packing::blocks::decode_row`].
+    decode(dtype: DType, bytes: &[u8], out: &mut [f32]);
+    /// `out[t] = row · inputs[t]`; `decoded` is room for one row.
+    head_row(row: HeadRow<'_>, decoded: &mut [f32], out: &mut [f32]);
+    /// Attention of the query heads that share a key/value head over tokens of one split, into
+    /// `partials` `[query heads, partial_len(head_size)]`. `room` holds one head and
+    /// `ATTENTION_SPLIT` numbers per query head.
+    attend(query: Query<'_>, tokens: Range<usize>, room: &mut [f32], partials: &mut [f32]);
+    /// Joins the partial results of a later split to `totals`.
+    merge(head_size: usize, totals: &mut [f32], parts: &[f32]);
+    /// Turns the joined results of all splits into attention outputs.
+    finish(head_size: usize, totals: &[f32], out: &mut [f32]);
+}
+
+/// Compiles the generic kernels for an instruction set and makes its table, `KERNELS`.
+macro_rules! instantiate {
+    (
+        name: $name:expr,
+        ternary_int8: $ternary_int8:path,
+        decode_f16: $decode_f16:path,
+        $(#[$features:meta])?
+    ) => {
+        $(#[$features])?
+        fn ternary_f32(tiles: &[Tile], x: &[f32], stride: usize, sums: &mut [[f32; tile::ROWS]]) {
+            generic::ternary_f32(tiles, x, stride, sums);
+        }
+        $(#[$features])?
+        fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+            numerics::rms_norm(x, weight, eps, out);
+        }
+        $(#[$features])?
+        fn quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow {
+            activation::quantize_row(x, q)
+        }
+        $(#[$features])?
+        fn add_scaled(
+            scales: &[f32; tile::ROWS],
+            sums: &[f32; tile::ROWS],
+            totals: &mut [f32; tile::ROWS],
+        ) {
+            for (total, (scale, sum)) in totals.iter_mut().zip(scales.iter().zip(sums)) {
+                *total = scale.mul_add(*sum, *total);
+            }
+        }
+        $(#[$features])?
+        fn quantize_head(x: &[f32], q: &mut [i8]) -> f32 {
+            generic::quantize_head(x, q)
+        }
+        $(#[$features])?
+        fn rope(x: &mut [f32], head_size: usize, cos: &[f32], sin: &[f32]) {
+            generic::rope(x, head_size, cos, sin);
+        }
+        $(#[$features])?
+        fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
+            generic::gate(activation, gate, up);
+        }
+        $(#[$features])?
+        fn add(x: &mut [f32], y: &[f32]) {
+            generic::add(x, y);
+        }
+        $(#[$features])?
+        fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
+            generic::decode(dtype, bytes, out, |half, out| $decode_f16(half, out));
+        }
+        $(#[$features])?
+        fn head_row(row: HeadRow<'_>, decoded: &mut [f32], out: &mut [f32]) {
+            generic::head_row(row, decoded, out, |half, out| $decode_f16(half, out));
+        }
+        $(#[$features])?
+        fn attend(query: Query<'_>, tokens: Range<usize>, room: &mut [f32], partials: &mut [f32]) {
+            generic::attend(query, tokens, room, partials, |half, out| $decode_f16(half, out));
+        }
+        $(#[$features])?
+        fn merge(head_size: usize, totals: &mut [f32], parts: &[f32]) {
+            generic::merge(head_size, totals, parts);
+        }
+        $(#[$features])?
+        fn finish(head_size: usize, totals: &[f32], out: &mut [f32]) {
+            generic::finish(head_size, totals, out);
+        }
+
+        pub(super) static KERNELS: Kernels = Kernels {
+            name: $name,
+            ternary_int8: $ternary_int8,
+            ternary_f32,
+            rms_norm,
+            quantize_row,
+            add_scaled,
+            quantize_head,
+            rope,
+            gate,
+            add,
+            decode,
+            head_row,
+            attend,
+            merge,
+            finish,
+        };
+    };
+}
+use instantiate;
+
+/// What [`instantiate`] names, for the files that use it.
+mod parts {
+    pub(super) use super::{HeadRow, Kernels, Query, Tile, generic, instantiate, tile};
+    pub(super) use std::ops::Range;
+
+    pub(super) use bitnet_core::backend::Activation;
+    pub(super) use bitnet_core::{DType, numerics};
+    pub(super) use bitnet_quant::activation::{self, QuantizedRow};
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn each_kernel(test: impl Fn(&Kernels)) {
+        for isa in Isa::ALL {
+            match Kernels::for_isa(isa) {
+                Some(kernels) => test(kernels),
+                None => println!("skipped: this CPU has no {isa}"),
+            }
+        }
+    }
+
+    fn exact(tiles: &[Tile], q: &[i8]) -> [i32; 16] {
+        std::array::from_fn(|row| {
+            q.iter()
+                .enumerate()
+                .map(|(k, &q)| {
+                    i32::from(tile::tile_code(&tiles[k / 16], row, k % 16)) * i32::from(q)
+                })
+                .sum()
+        })
+    }
+
+    #[test]
+    fn narrow_sums_hold_at_their_fullest() {
+        // All codes 2, all activations at an end of their range, at lengths around every widening
+        // limit; and alternating signs of runs, so that a sum that wrapped is not wrapped back.
+        each_kernel(|kernels| {
+            for count in [1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100] {
+                let tiles = vec![[0b10_10_10_10u8; 64]; count];
+                for fill in [-128i8, 127] {
+                    for tokens in [1, 2, 3, 4, 5, 7, 8, 9, 13] {
+                        let q = vec![fill; count * 16 * tokens];
+                        let mut acc = vec![[0; 16]; tokens];
+                        kernels.ternary_int8(&tiles, &q, count * 16, &mut acc);
+                        let all = 2 * i32::from(fill) * (count * 16) as i32;
+                        assert_eq!(acc, vec![[all; 16]; tokens], "{} {count}", kernels.name);
+                    }
+                }
+            }
+        });
+    }
+
+    #[test]
+    fn integer_sums_are_exact_for_every_count_of_tokens_and_tiles() {
+        let mut state = 1u32;
+        let mut next = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 16
+        };
+        for count in [1, 2, 3, 16, 21, 40] {
+            let tiles: Vec<Tile> = (0..count)
+                .map(|_| {
+                    std::array::from_fn(|_| {
+                        let codes: [u8; 4] = std::array::from_fn(|_| (next() % 3) as u8);
+                        codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6
+                    })
+                })
+                .collect();
+            let stride = count * 16 + 5;
+            let q: Vec<i8> = (0..stride * 20).map(|_| next() as i8).collect();
+            for tokens in 1..=19 {
+                let expected: Vec<[i32; 16]> =
+                    (0..tokens).map(|t| exact(&tiles, &q[t * stride..][..count * 16])).collect();
+                each_kernel(|kernels| {
+                    let mut acc = vec![[-1; 16]; tokens];
+                    kernels.ternary_int8(&tiles, &q, stride, &mut acc);
+                    assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
+                });
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "assertion failed")]
+    fn activations_that_end_early_are_refused() {
+        let kernels = Kernels::for_isa(Isa::Scalar).unwrap();
+        kernels.ternary_int8(&[[0; 64]; 2], &[0; 50], 20, &mut [[0; 16]; 2]);
+    }
+}

@@ -1,0 +1,178 @@
+//! NEON: every 64-bit Arm CPU; with the dot-product instructions where the CPU has them (most since
+//! 2018, all of Apple's).
+
+use std::arch::aarch64::*;
+use std::arch::{asm, is_aarch64_feature_detected};
+
+use bitnet_quant::packing::blocks::f16_to_f32;
+
+use super::parts::*;
+
+/// The kernels, if this CPU has the instructions.
+pub(super) fn kernels() -> Option<&'static Kernels> {
+    if !is_aarch64_feature_detected!("neon") {
+        return None;
+    }
+    Some(if is_aarch64_feature_detected!("dotprod") { &dotprod::KERNELS } else { &KERNELS })
+}
+
+instantiate! {
+    name: "neon",
+    ternary_int8: ternary_int8,
+    decode_f16: decode_f16,
+    #[target_feature(enable = "neon")]
+}
+
+/// Half-precision numbers to f32 by integer operations, which the compiler vectorises: the
+/// conversion instruction has no stable intrinsic.
+#[inline(always)]
+fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
+    for (value, &half) in out.iter_mut().zip(half) {
+        *value = f16_to_f32(half);
+    }
+}
+
+/// Tiles whose products a 16-bit lane can sum: a lane gets one product of a code (at most 2) and an
+/// activation (-128..=127) per plane of a tile, at least -256, and 128 of them reach -32 768, the
+/// very end of its range.
+const TILES_PER_WIDENING: usize = 32;
+
+/// See [`Kernels::ternary_int8`]. One band against one token at a time: smull and smlal make
+/// 16-bit sums of products, four lanes per row, sixteen rows in eight registers.
+///
+/// # Safety
+/// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()` tokens `t`.
+#[target_feature(enable = "neon")]
+unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
+    let mask = vdupq_n_u8(3);
+    for (t, acc) in acc.iter_mut().enumerate() {
+        let mut q = q.as_ptr().wrapping_add(t * stride);
+        // wide[i]: rows 4 i .. 4 i + 4, after the pairwise addition at the end.
+        let mut wide = [[vdupq_n_s32(0); 2]; 4];
+        for run in tiles.chunks(TILES_PER_WIDENING) {
+            let mut narrow = [[vdupq_n_s16(0); 2]; 4];
+            for tile in run {
+                for (quarter, narrow) in narrow.iter_mut().enumerate() {
+                    // SAFETY: a tile has four times 16 bytes.
+                    let mut rows = unsafe { vld1q_u8(tile.as_ptr().add(16 * quarter)) };
+                    for plane in 0..4 {
+                        let codes = vreinterpretq_s8_u8(vandq_u8(rows, mask));
+                        // SAFETY: four of the activations that the contract promises.
+                        let four = unsafe { q.add(4 * plane).cast::<i32>().read_unaligned() };
+                        let four = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                        narrow[0] = vmlal_s8(narrow[0], vget_low_s8(codes), vget_low_s8(four));
+                        narrow[1] = vmlal_high_s8(narrow[1], codes, four);
+                        rows = vshrq_n_u8::<2>(rows);
+                    }
+                }
+                q = q.wrapping_add(tile::COLS);
+            }
+            for (wide, narrow) in wide.iter_mut().zip(narrow) {
+                wide[0] = vpadalq_s16(wide[0], narrow[0]);
+                wide[1] = vpadalq_s16(wide[1], narrow[1]);
+            }
+        }
+        for (quarter, wide) in wide.iter().enumerate() {
+            // SAFETY: `acc` has four times four elements.
+            unsafe {
+                vst1q_s32(acc.as_mut_ptr().add(4 * quarter), vpaddq_s32(wide[0], wide[1]));
+            }
+        }
+    }
+}
+
+/// With `sdot`, which sums four products into each 32-bit lane.
+mod dotprod {
+    use super::*;
+
+    instantiate! {
+        name: "neon with dotprod",
+        ternary_int8: ternary_int8,
+        decode_f16: decode_f16,
+        #[target_feature(enable = "neon,dotprod")]
+    }
+
+    /// `acc[i] += sum of codes[4 i + j] * four[4 i + j]` over `j` in 0..4. The intrinsic
+    /// (`vdotq_s32`) is not stable yet.
+    #[inline]
+    #[target_feature(enable = "neon,dotprod")]
+    fn dot(mut acc: int32x4_t, codes: int8x16_t, four: int8x16_t) -> int32x4_t {
+        // SAFETY: an instruction on registers alone, which the enclosing function's features
+        // include.
+        unsafe {
+            asm!(
+                "sdot {acc:v}.4s, {codes:v}.16b, {four:v}.16b",
+                acc = inout(vreg) acc,
+                codes = in(vreg) codes,
+                four = in(vreg) four,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        acc
+    }
+
+    /// See [`Kernels::ternary_int8`].
+    ///
+    /// # Safety
+    /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()`
+    /// tokens `t`.
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
+        let mut start = q.as_ptr();
+        for group in acc.chunks_mut(4) {
+            // SAFETY: the elements are those of these tokens, by the contract of this function.
+            unsafe {
+                match group.len() {
+                    4 => pass::<4>(tiles, start, stride, group),
+                    3 => pass::<3>(tiles, start, stride, group),
+                    2 => pass::<2>(tiles, start, stride, group),
+                    _ => pass::<1>(tiles, start, stride, group),
+                }
+            }
+            start = start.wrapping_add(4 * stride);
+        }
+    }
+
+    /// One band against `T` tokens: a tile is four registers of four rows, and each plane, shifted
+    /// out once, is multiplied with every token's four activations.
+    ///
+    /// # Safety
+    /// As for [`ternary_int8`], with `T` tokens from `q`; `acc` has `T` elements.
+    #[inline]
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn pass<const T: usize>(
+        tiles: &[Tile],
+        q: *const i8,
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        let mask = vdupq_n_u8(3);
+        let mut sums = [[vdupq_n_s32(0); 4]; T];
+        let mut q = q;
+        for tile in tiles {
+            // SAFETY: a tile has four times 16 bytes.
+            let mut rows: [uint8x16_t; 4] =
+                std::array::from_fn(|i| unsafe { vld1q_u8(tile.as_ptr().add(16 * i)) });
+            for plane in 0..4 {
+                let codes = rows.map(|rows| vreinterpretq_s8_u8(vandq_u8(rows, mask)));
+                for (t, sums) in sums.iter_mut().enumerate() {
+                    // SAFETY: four of the activations that the contract promises.
+                    let four =
+                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
+                    let four = vreinterpretq_s8_s32(vdupq_n_s32(four));
+                    for (sum, codes) in sums.iter_mut().zip(codes) {
+                        *sum = dot(*sum, codes, four);
+                    }
+                }
+                rows = rows.map(|rows| vshrq_n_u8::<2>(rows));
+            }
+            q = q.wrapping_add(tile::COLS);
+        }
+        for (acc, sums) in acc.iter_mut().zip(sums) {
+            for (quarter, sum) in sums.into_iter().enumerate() {
+                // SAFETY: `acc` has four times four elements.
+                unsafe { vst1q_s32(acc.as_mut_ptr().add(4 * quarter), sum) };
+            }
+        }
+    }
+}

@@ -1,0 +1,236 @@
+//! [`CpuBackend`]: the memory and the operations of [`Backend`] on the CPU.
+
+use bitnet_core::backend::{
+    Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, Norm, Span,
+};
+use bitnet_core::{DType, Error, Tensor, TernaryMatrix, budget};
+
+use crate::buffer::Buffer;
+use crate::dispatch::{Isa, unavailable};
+use crate::kv::KvStore;
+use crate::linear::Linear;
+use crate::ops::Compute;
+use crate::threads::ThreadPool;
+
+/// More threads than any machine this runs on has cores; a larger number is a mistake.
+const MOST_THREADS: usize = 1024;
+
+/// How a [`CpuBackend`] computes. Neither option changes a result.
+#[derive(Debug, Default, Clone, Copy)]
+pub struct CpuOptions {
+    /// Threads, the calling one included; `None`: one per physical core that this process may use.
+    pub threads: Option<usize>,
+    /// Instruction set; `None`: the best that this CPU has.
+    pub isa: Option<Isa>,
+}
+
+/// Computes on the CPU.
+pub struct CpuBackend {
+    compute: Compute,
+}
+
+impl CpuBackend {
+    /// A backend with its threads started.
+    ///
+    /// # Errors
+    /// If this CPU does not have the instruction set asked for, or the threads cannot be had.
+    pub fn new(options: CpuOptions) -> Result<Self, Error> {
+        let kernels = Isa::kernels(options.isa)?;
+        let threads = options.threads.unwrap_or_else(default_threads);
+        if !(1..=MOST_THREADS).contains(&threads) {
+            return Err(unavailable(format!(
+                "{threads} threads were asked for: choose 1 to {MOST_THREADS}"
+            )));
+        }
+        let pool = ThreadPool::new(threads)
+            .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
+        Ok(CpuBackend { compute: Compute::new(kernels, pool) })
+    }
+
+    /// Threads that share each operation, the calling one included.
+    pub fn threads(&self) -> usize {
+        self.compute.pool.threads()
+    }
+}
+
+/// Physical cores that this process may use: two threads on one core only get in each other's way.
+fn default_threads() -> usize {
+    // What the scheduler and the container allow, counting logical CPUs.
+    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
+    sysinfo::System::physical_core_count().map_or(allowed, |cores| cores.clamp(1, allowed))
+}
+
+/// The product of `extents`, if that many elements of `bytes` each can be had.
+pub(crate) fn require(what: &str, extents: &[usize], bytes: usize) -> Result<usize, Error> {
+    let elements = extents.iter().try_fold(1usize, |n, &extent| n.checked_mul(extent));
+    let fitting =
+        elements.filter(|&n| n.checked_mul(bytes).is_some_and(|n| n <= isize::MAX as usize));
+    let Some(elements) = fitting else {
+        let available = budget::available_memory().unwrap_or(0);
+        return Err(Error::Memory { what: what.to_owned(), needed: u64::MAX, available });
+    };
+    budget::require(what, (elements * bytes) as u64)?;
+    Ok(elements)
+}
+
+fn parts(norm: &Norm<CpuBackend>) -> (&[f32], f32) {
+    (&norm.weight, norm.eps)
+}
+
+impl Backend for CpuBackend {
+    type Buffer = Buffer;
+    type Vector = Vec<f32>;
+    type Linear = Linear;
+    type Table = Tensor;
+    type Kv = KvStore;
+
+    fn name(&self) -> String {
+        let threads = self.threads();
+        let plural = if threads == 1 { "" } else { "s" };
+        format!("cpu ({}, {threads} thread{plural})", self.compute.kernels.name)
+    }
+
+    fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, Error> {
+        Ok(values.to_vec())
+    }
+
+    fn load_linear(
+        &self,
+        matrix: &TernaryMatrix,
+        precision: ActivationPrecision,
+    ) -> Result<Linear, Error> {
+        Linear::new(matrix, precision)
+    }
+
+    fn load_table(&self, table: &Tensor) -> Result<Tensor, Error> {
+        let (dtype, shape) = (table.dtype(), table.shape());
+        let refused = |reason: &str| Error::TensorShape {
+            dtype,
+            shape: shape.to_vec(),
+            reason: reason.to_owned(),
+        };
+        match dtype {
+            _ if shape.len() != 2 || table.is_empty() => {
+                Err(refused("an embedding or head is [vocabulary, hidden]"))
+            }
+            DType::F32 | DType::F16 | DType::BF16 | DType::Q8_0 | DType::Q4K | DType::Q6K => {
+                Ok(table.clone())
+            }
+            _ => Err(refused(
+                "an embedding or head is F32, F16, BF16, Q8_0, Q4_K or Q6_K; convert it",
+            )),
+        }
+    }
+
+    fn buffer(&self, rows: usize, cols: usize) -> Result<Buffer, Error> {
+        let elements = require("an activation buffer", &[rows, cols], size_of::<f32>())?;
+        Ok(Buffer::new(elements, cols))
+    }
+
+    fn write(&self, buffer: &mut Buffer, cols: usize, values: &[f32]) {
+        assert!(values.len().is_multiple_of(cols), "{} values in rows of {cols}", values.len());
+        buffer.shape(values.len() / cols, cols).copy_from_slice(values);
+    }
+
+    fn read(&self, buffer: &Buffer, rows: usize, out: &mut Vec<f32>) -> Result<(), Error> {
+        out.clear();
+        out.extend_from_slice(buffer.rows(rows));
+        Ok(())
+    }
+
+    fn embed(&self, table: &Tensor, tokens: &[u32], scale: f32, out: &mut Buffer) {
+        self.compute.embed(table, tokens, scale, out);
+    }
+
+    fn rms_norm(&self, x: &Buffer, rows: usize, norm: &Norm<Self>, out: &mut Buffer) {
+        self.compute.rms_norm(x, rows, &norm.weight, norm.eps, out);
+    }
+
+    fn head_norm(&self, x: &mut Buffer, rows: usize, norm: &Norm<Self>, head_size: usize) {
+        self.compute.head_norm(x, rows, &norm.weight, norm.eps, head_size);
+    }
+
+    fn linears(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        norm: Option<&Norm<Self>>,
+        linears: &[&Linear],
+        outs: &mut [&mut Buffer],
+    ) {
+        self.compute.linears(x, rows, norm.map(parts), linears, outs);
+    }
+
+    fn rope(&self, x: &mut Buffer, rows: usize, head_size: usize, cos: &Buffer, sin: &Buffer) {
+        self.compute.rope(x, rows, head_size, cos, sin);
+    }
+
+    fn gate(&self, gate: &mut Buffer, up: &Buffer, rows: usize, activation: Activation) {
+        self.compute.gate(gate, up, rows, activation);
+    }
+
+    fn add(&self, x: &mut Buffer, y: &Buffer, rows: usize) {
+        self.compute.add(x, y, rows);
+    }
+
+    fn head(
+        &self,
+        x: &Buffer,
+        picks: &[usize],
+        norm: &Norm<Self>,
+        table: &Tensor,
+        out: &mut Buffer,
+    ) {
+        self.compute.head(x, picks, &norm.weight, norm.eps, table, out);
+    }
+
+    fn kv_allocate(&self, layout: KvLayout, blocks: usize) -> Result<KvStore, Error> {
+        KvStore::new(layout, blocks)
+    }
+
+    fn kv_copy(&self, kv: &mut KvStore, pairs: &[(u32, u32)]) {
+        for &(from, to) in pairs {
+            kv.copy(from, to);
+        }
+    }
+
+    fn kv_export(&self, kv: &KvStore, blocks: &[u32]) -> Result<Vec<u8>, Error> {
+        let mut data = Vec::with_capacity(blocks.len() * kv.layout().block_bytes());
+        for &block in blocks {
+            kv.export(block, &mut data);
+        }
+        Ok(data)
+    }
+
+    fn kv_import(&self, kv: &mut KvStore, blocks: &[u32], data: &[u8]) -> Result<(), Error> {
+        let bytes = kv.layout().block_bytes();
+        if data.len() != blocks.len() * bytes {
+            return Err(Error::KvImport(format!(
+                "{} blocks take {} bytes but {} are given",
+                blocks.len(),
+                blocks.len() * bytes,
+                data.len()
+            )));
+        }
+        for (&block, data) in blocks.iter().zip(data.chunks_exact(bytes)) {
+            kv.import(block, data);
+        }
+        Ok(())
+    }
+
+    fn kv_write(&self, kv: &mut KvStore, layer: usize, k: &Buffer, v: &Buffer, spans: &[Span<'_>]) {
+        self.compute.kv_write(kv, layer, k, v, spans);
+    }
+
+    fn attention(
+        &self,
+        shape: AttentionShape,
+        layer: usize,
+        q: &Buffer,
+        kv: &KvStore,
+        spans: &[Span<'_>],
+        out: &mut Buffer,
+    ) {
+        self.compute.attention(shape, layer, q, kv, spans, out);
+    }
+}

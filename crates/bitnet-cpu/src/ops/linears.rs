@@ -1,0 +1,286 @@
+//! Ternary linear layers that share an input: norm, quantise, multiply.
+//!
+//! The input is prepared once, row by row. Then the bands of sixteen output features of all the
+//! matrices are shared out, and each band's tiles pass once for every [`TOKENS`] tokens.
+
+use std::ops::Range;
+
+use bitnet_core::backend::ActivationPrecision;
+use bitnet_quant::activation::QuantizedRow;
+use bitnet_quant::packing::tile;
+
+use super::{Compute, ThreadScratch, at_least, lock};
+use crate::arch::Tile;
+use crate::buffer::Buffer;
+use crate::linear::{Linear, Scale};
+use crate::threads::{Chunks, Strip, Strips};
+
+/// Tokens whose inputs stay in the cache (160 kB at 2560 columns) while bands pass by.
+const TOKENS: usize = 64;
+
+/// Matrices of one fork-join: q, k and v, or gate and up.
+const MATRICES: usize = 4;
+
+/// One number per row of a band, for some tokens.
+type Sums = [[f32; tile::ROWS]];
+
+/// Prepared inputs `[rows, stride]`, zero in the columns past the last.
+#[derive(Clone, Copy)]
+struct Inputs<'a> {
+    floats: &'a [f32],
+    quantized: &'a [i8],
+    rows: &'a [QuantizedRow],
+    stride: usize,
+}
+
+/// A matrix, and the sums `[rows, groups]` of its quantised inputs if its scales are grouped.
+#[derive(Clone, Copy)]
+struct Task<'a> {
+    linear: &'a Linear,
+    group_sums: &'a [i32],
+}
+
+impl Compute {
+    pub(crate) fn linears(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        norm: Option<(&[f32], f32)>,
+        linears: &[&Linear],
+        outs: &mut [&mut Buffer],
+    ) {
+        assert_eq!(linears.len(), outs.len());
+        assert!(linears.iter().all(|linear| linear.cols() == x.cols()), "input width");
+        if rows == 0 {
+            return;
+        }
+        let mut scratch = self.scratch();
+        let scratch = &mut *scratch;
+        let stride = x.cols().next_multiple_of(tile::COLS);
+        let floats = at_least(&mut scratch.inputs, rows * stride);
+        let quantized = at_least(&mut scratch.quantized, rows * stride);
+        let facts = at_least(&mut scratch.rows, rows);
+        let int8 = linears.iter().any(|linear| linear.precision == ActivationPrecision::Int8);
+        self.prepare(x, norm, int8, floats, quantized, facts);
+        let inputs = Inputs { floats, quantized, rows: facts, stride };
+
+        for (linears, outs) in linears.chunks(MATRICES).zip(outs.chunks_mut(MATRICES)) {
+            let sums = sum_groups(linears, inputs, x.cols(), &mut scratch.group_sums);
+            let tasks: [Option<Task<'_>>; MATRICES] = std::array::from_fn(|j| {
+                let group_sums = &scratch.group_sums[sums[j].clone()];
+                linears.get(j).map(|&linear| Task { linear, group_sums })
+            });
+            let features: usize = linears.iter().map(|linear| linear.rows()).sum();
+            let parts = self.parts(rows * features.div_ceil(tile::ROWS) * stride);
+            let mut outs = outs.iter_mut();
+            let strips: [Option<Strips<'_>>; MATRICES] = std::array::from_fn(|j| {
+                let (linear, out) = (linears.get(j)?, outs.next()?);
+                let share = (parts * linear.rows()).div_ceil(features);
+                let bands = linear.rows().div_ceil(tile::ROWS).div_ceil(share);
+                let out = out.shape(rows, linear.rows());
+                Some(Strips::new(out, linear.rows(), bands * tile::ROWS))
+            });
+            let threads = &scratch.threads;
+            self.pool.run(strips, |thread, (which, strip)| {
+                let task = tasks[which].expect("a strip belongs to a matrix");
+                self.strip(task, inputs, &mut lock(&threads[thread]), strip);
+            });
+        }
+    }
+
+    /// Norms each row into `floats` and quantises it into `quantized`.
+    fn prepare(
+        &self,
+        x: &Buffer,
+        norm: Option<(&[f32], f32)>,
+        int8: bool,
+        floats: &mut [f32],
+        quantized: &mut [i8],
+        facts: &mut [QuantizedRow],
+    ) {
+        let cols = x.cols();
+        let stride = cols.next_multiple_of(tile::COLS);
+        let part = facts.len().div_ceil(self.parts(floats.len()));
+        let parts = (
+            (Chunks::new(floats, part * stride), Chunks::new(quantized, part * stride)),
+            Chunks::new(facts, part),
+        );
+        self.pool.run(parts, |_, (((_, floats), (_, quantized)), (index, facts))| {
+            let rows = floats.chunks_exact_mut(stride).zip(quantized.chunks_exact_mut(stride));
+            for (i, ((floats, quantized), fact)) in rows.zip(facts).enumerate() {
+                let x = x.row(index * part + i);
+                let (input, padding) = floats.split_at_mut(cols);
+                match norm {
+                    Some((weight, eps)) => self.kernels.rms_norm(x, weight, eps, input),
+                    None => input.copy_from_slice(x),
+                }
+                padding.fill(0.0);
+                if int8 {
+                    let (quantized, padding) = quantized.split_at_mut(cols);
+                    *fact = self.kernels.quantize_row(input, quantized);
+                    padding.fill(0);
+                }
+            }
+        });
+    }
+
+    /// All tokens of a strip of one matrix's output.
+    fn strip(
+        &self,
+        task: Task<'_>,
+        inputs: Inputs<'_>,
+        own: &mut ThreadScratch,
+        mut strip: Strip<'_>,
+    ) {
+        let columns = strip.columns();
+        let mut totals = [[0.0; tile::ROWS]; TOKENS];
+        for first in (0..inputs.rows.len()).step_by(TOKENS) {
+            let tokens = first..inputs.rows.len().min(first + TOKENS);
+            let totals = &mut totals[..tokens.len()];
+            for band in columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS) {
+                let from = band * tile::ROWS;
+                let features = from..columns.end.min(from + tile::ROWS);
+                self.band(task, inputs, tokens.clone(), band, own, totals);
+                for (total, token) in totals.iter().zip(tokens.clone()) {
+                    let s_x = match task.linear.precision {
+                        ActivationPrecision::Int8 => inputs.rows[token].scale,
+                        // A factor of 1 changes no bit below.
+                        ActivationPrecision::F32 => 1.0,
+                    };
+                    let out = &mut strip.row(token)[from - columns.start..][..features.len()];
+                    match &task.linear.scale {
+                        Scale::Multiply(scale) => {
+                            out.iter_mut().zip(total).for_each(|(y, acc)| *y = acc / s_x * scale);
+                        }
+                        Scale::Divide(scale) => {
+                            let divisor = s_x * scale;
+                            out.iter_mut().zip(total).for_each(|(y, acc)| *y = acc / divisor);
+                        }
+                        Scale::Rows(scales) => {
+                            let scales = &scales[features.clone()];
+                            for ((y, acc), scale) in out.iter_mut().zip(total).zip(scales) {
+                                *y = acc / s_x * scale;
+                            }
+                        }
+                        Scale::Groups { .. } => {
+                            out.iter_mut().zip(total).for_each(|(y, total)| *y = total / s_x);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// The sums of one band, with the scales of groups applied where there are any.
+    fn band(
+        &self,
+        task: Task<'_>,
+        inputs: Inputs<'_>,
+        tokens: Range<usize>,
+        band: usize,
+        own: &mut ThreadScratch,
+        totals: &mut Sums,
+    ) {
+        let linear = task.linear;
+        let tiles = linear.band(band);
+        let Scale::Groups { len, values } = &linear.scale else {
+            let sum = |token: usize| inputs.rows[token].sum;
+            return self.products(linear, tiles, inputs, tokens, sum, totals);
+        };
+        let groups = linear.cols() / len;
+        totals.fill([0.0; tile::ROWS]);
+        let mut sums = [[0.0; tile::ROWS]; TOKENS];
+        let sums = &mut sums[..tokens.len()];
+        for (group, scales) in values[band * groups..(band + 1) * groups].iter().enumerate() {
+            let sum = |token: usize| task.group_sums[token * groups + group];
+            let cols = group * len..(group + 1) * len;
+            let tiles = &tiles[cols.start / tile::COLS..cols.end.div_ceil(tile::COLS)];
+            if len.is_multiple_of(tile::COLS) {
+                let shifted = Inputs {
+                    floats: &inputs.floats[cols.start..],
+                    quantized: &inputs.quantized[cols.start..],
+                    ..inputs
+                };
+                self.products(linear, tiles, shifted, tokens.clone(), sum, sums);
+            } else {
+                // The group shares tiles with its neighbours: a copy of the inputs, zero outside of
+                // the group, takes only its own columns from them.
+                let first = cols.start / tile::COLS * tile::COLS;
+                let stride = tiles.len() * tile::COLS;
+                let own_cols = cols.start - first..cols.end - first;
+                let floats = at_least(&mut own.floats, tokens.len() * stride);
+                let quantized = at_least(&mut own.bytes, tokens.len() * stride);
+                floats.fill(0.0);
+                quantized.fill(0);
+                for (i, token) in tokens.clone().enumerate() {
+                    let to = i * stride + own_cols.start..i * stride + own_cols.end;
+                    let from = token * inputs.stride + cols.start..token * inputs.stride + cols.end;
+                    floats[to.clone()].copy_from_slice(&inputs.floats[from.clone()]);
+                    quantized[to].copy_from_slice(&inputs.quantized[from]);
+                }
+                let copied = Inputs { floats, quantized, rows: inputs.rows, stride };
+                let sum = |i: usize| sum(tokens.start + i);
+                self.products(linear, tiles, copied, 0..tokens.len(), sum, sums);
+            }
+            for (total, sums) in totals.iter_mut().zip(&*sums) {
+                self.kernels.add_scaled(scales, sums, total);
+            }
+        }
+    }
+
+    /// The sums of weight times input over the columns of `tiles`; `input_sum(token)` is the sum of
+    /// the token's quantised inputs in these columns.
+    fn products(
+        &self,
+        linear: &Linear,
+        tiles: &[Tile],
+        inputs: Inputs<'_>,
+        tokens: Range<usize>,
+        input_sum: impl Fn(usize) -> i32,
+        sums: &mut Sums,
+    ) {
+        let start = tokens.start * inputs.stride;
+        match linear.precision {
+            ActivationPrecision::F32 => {
+                self.kernels.ternary_f32(tiles, &inputs.floats[start..], inputs.stride, sums);
+            }
+            ActivationPrecision::Int8 => {
+                let mut acc = [[0; tile::ROWS]; TOKENS];
+                let acc = &mut acc[..tokens.len()];
+                self.kernels.ternary_int8(tiles, &inputs.quantized[start..], inputs.stride, acc);
+                for ((sums, acc), token) in sums.iter_mut().zip(acc).zip(tokens) {
+                    // A code is a weight plus 1.
+                    let ones = input_sum(token);
+                    for (sum, acc) in sums.iter_mut().zip(acc) {
+                        *sum = (*acc - ones) as f32;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Sums the quantised inputs `[rows, groups]` for each matrix that needs them, one after another
+/// in `sums`, and returns where each has its own.
+fn sum_groups(
+    linears: &[&Linear],
+    inputs: Inputs<'_>,
+    cols: usize,
+    sums: &mut Vec<i32>,
+) -> [Range<usize>; MATRICES] {
+    sums.clear();
+    let mut places = [const { 0..0 }; MATRICES];
+    for (linear, place) in linears.iter().zip(&mut places) {
+        let start = sums.len();
+        if let (Scale::Groups { len, .. }, ActivationPrecision::Int8) =
+            (&linear.scale, linear.precision)
+        {
+            for row in inputs.quantized.chunks_exact(inputs.stride) {
+                let groups = row[..cols].chunks_exact(*len);
+                sums.extend(groups.map(|group| group.iter().map(|&q| i32::from(q)).sum::<i32>()));
+            }
+        }
+        *place = start..sums.len();
+    }
+    places
+}

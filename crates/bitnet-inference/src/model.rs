@@ -1,0 +1,114 @@
+//! A model ready to run: where it came from, its tokenizer, and its decoder on some device.
+
+use std::sync::Arc;
+
+use bitnet_core::Device;
+use bitnet_core::Error as CoreError;
+use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
+use bitnet_model::config::{ModelConfig, Pooling};
+use bitnet_model::source::{self, Description};
+use bitnet_model::tokenizer::Tokenizer;
+use bitnet_model::weights::{self, LoadOptions};
+
+use crate::error::Error;
+use crate::session::{AnyDecoder, Session, SessionOptions};
+
+/// Where and how to load a model.
+#[derive(Debug, Clone, Default)]
+pub struct ModelOptions {
+    /// Device; `None` takes the best there is.
+    pub device: Option<Device>,
+    /// Threads; `None` takes one per physical core.
+    pub threads: Option<usize>,
+    /// Instruction set of the processor; `None` takes what `BITNET_ISA` says, or the best.
+    pub isa: Option<Isa>,
+    /// What a file cannot say about itself.
+    pub load: LoadOptions,
+}
+
+/// A loaded model. Cheap to share: sessions keep the weights alive.
+pub struct Model {
+    description: Description,
+    decoder: Box<dyn AnyDecoder>,
+}
+
+impl Model {
+    /// Loads a model: `tiny`, a directory or a file.
+    pub fn open(model: &str, options: &ModelOptions) -> Result<Self, Error> {
+        let checkpoint = source::open(model)?;
+        let device = options.device.unwrap_or(Device::Cpu);
+        if device != Device::Cpu {
+            let reason = "this program is built without it; use --device cpu".to_owned();
+            return Err(CoreError::DeviceUnavailable { device, reason }.into());
+        }
+        let isa = match options.isa {
+            Some(isa) => Some(isa),
+            None => Isa::from_env()?,
+        };
+        let backend = CpuBackend::new(CpuOptions { threads: options.threads, isa })?;
+        let mut description = checkpoint.description;
+        let decoder = weights::load(
+            backend,
+            &description.path,
+            &description.config,
+            &checkpoint.tensors,
+            options.load,
+            &mut description.notes,
+        )?;
+        Ok(Model { description, decoder: Box::new(Arc::new(decoder)) })
+    }
+
+    /// Everything about the model but its weights.
+    pub fn description(&self) -> &Description {
+        &self.description
+    }
+
+    /// Shape and rules of the decoder.
+    pub fn config(&self) -> &ModelConfig {
+        self.decoder.config()
+    }
+
+    /// The tokenizer.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.description.tokenizer
+    }
+
+    /// Number of token ids.
+    pub fn vocab_size(&self) -> usize {
+        self.decoder.vocab_size()
+    }
+
+    /// Name of the backend the model runs on.
+    pub fn backend_name(&self) -> String {
+        self.decoder.backend_name()
+    }
+
+    /// A new, empty sequence.
+    pub fn session(&self, options: SessionOptions) -> Result<Session, Error> {
+        self.decoder.session(options)
+    }
+
+    /// The embedding of a text: hidden states pooled as the model says, scaled to length 1.
+    pub fn embed(&self, tokens: &[u32], options: SessionOptions) -> Result<Vec<f32>, Error> {
+        let config = self.config();
+        let Some(pooling) = config.pooling else {
+            return Err(Error::WrongKind(format!(
+                "{} generates text and makes no embeddings: choose an embedding model",
+                self.description.path.display()
+            )));
+        };
+        let hidden = config.hidden_size;
+        let mut pooled = vec![0.0f64; hidden];
+        self.session(options)?.feed_showing_states(tokens, |states| {
+            for state in states.chunks_exact(hidden) {
+                for (sum, value) in pooled.iter_mut().zip(state) {
+                    let before = if pooling == Pooling::Mean { *sum } else { 0.0 };
+                    *sum = before + f64::from(*value);
+                }
+            }
+        })?;
+        // The mean's divisor goes away with the length.
+        let length = pooled.iter().map(|v| v * v).sum::<f64>().sqrt().max(1e-12);
+        Ok(pooled.iter().map(|v| (v / length) as f32).collect())
+    }
+}

@@ -1,0 +1,233 @@
+//! One sequence with its own keys and values: the bare decoder behind a trivial block table.
+
+use std::sync::Arc;
+
+use bitnet_core::Error as CoreError;
+use bitnet_core::backend::{Backend, KvType, Span};
+use bitnet_model::config::ModelConfig;
+use bitnet_model::decoder::{Decoder, Step, Workspace};
+
+use crate::error::Error;
+
+/// Tokens per KV block of a session.
+const BLOCK_TOKENS: usize = 16;
+
+/// Tokens per step while a prompt is read: enough to share each weight's unpacking, small enough
+/// that the activations stay in cache.
+pub const DEFAULT_CHUNK: usize = 128;
+
+/// Rows of logits that are in memory at once.
+const PICKS: usize = 8;
+
+/// How a session is set up. None of these changes a token, but the KV type.
+#[derive(Debug, Clone, Copy)]
+pub struct SessionOptions {
+    /// Storage of keys and values.
+    pub kv_type: KvType,
+    /// Most tokens per step.
+    pub chunk: usize,
+}
+
+impl Default for SessionOptions {
+    fn default() -> Self {
+        SessionOptions { kv_type: KvType::F32, chunk: DEFAULT_CHUNK }
+    }
+}
+
+/// A decoder on whichever device it was loaded.
+pub(crate) trait AnyDecoder: Send + Sync {
+    fn config(&self) -> &ModelConfig;
+    fn vocab_size(&self) -> usize;
+    fn backend_name(&self) -> String;
+    fn session(&self, options: SessionOptions) -> Result<Session, Error>;
+}
+
+impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
+    fn config(&self) -> &ModelConfig {
+        Decoder::config(self)
+    }
+
+    fn vocab_size(&self) -> usize {
+        Decoder::vocab_size(self)
+    }
+
+    fn backend_name(&self) -> String {
+        self.backend().name()
+    }
+
+    fn session(&self, options: SessionOptions) -> Result<Session, Error> {
+        let chunk = options.chunk.clamp(1, self.config().context_length);
+        let layout = self.kv_layout(options.kv_type, BLOCK_TOKENS);
+        let sequence = Sequence {
+            kv: self.backend().kv_allocate(layout, 0)?,
+            kv_type: options.kv_type,
+            capacity_blocks: 0,
+            workspace: self.workspace(chunk, PICKS)?,
+            decoder: self.clone(),
+            chunk,
+            blocks: Vec::new(),
+            length: 0,
+        };
+        Ok(Session { sequence: Box::new(sequence) })
+    }
+}
+
+/// One sequence being read and written.
+pub struct Session {
+    sequence: Box<dyn AnySequence>,
+}
+
+trait AnySequence: Send {
+    fn length(&self) -> usize;
+    fn decoder_limits(&self) -> (usize, usize);
+    fn feed(&mut self, tokens: &[u32], output: &mut Output<'_>) -> Result<(), CoreError>;
+}
+
+/// What is wanted of the tokens that are fed.
+enum Output<'a> {
+    /// Logits of the last token.
+    Last(&'a mut Vec<f32>),
+    /// Logits of every token, shown one row at a time.
+    Every(&'a mut dyn FnMut(&[f32])),
+    /// Normed final hidden states, shown one step at a time.
+    States(&'a mut dyn FnMut(&[f32])),
+}
+
+struct Sequence<B: Backend> {
+    decoder: Arc<Decoder<B>>,
+    kv: B::Kv,
+    kv_type: KvType,
+    capacity_blocks: usize,
+    workspace: Workspace<B>,
+    chunk: usize,
+    /// The trivial block table: block `i` is block `i`.
+    blocks: Vec<u32>,
+    length: usize,
+}
+
+impl<B: Backend> Sequence<B> {
+    /// Makes room for `tokens` more tokens: storage doubles, and what is there moves over.
+    fn reserve(&mut self, tokens: usize) -> Result<(), CoreError> {
+        let needed = (self.length + tokens).div_ceil(BLOCK_TOKENS);
+        if needed > self.capacity_blocks {
+            let context_blocks = self.decoder.config().context_length.div_ceil(BLOCK_TOKENS);
+            let capacity = needed.max(2 * self.capacity_blocks).min(context_blocks);
+            let backend = self.decoder.backend();
+            let layout = self.decoder.kv_layout(self.kv_type, BLOCK_TOKENS);
+            bitnet_core::budget::require(
+                &format!("a context of {} tokens", capacity * BLOCK_TOKENS),
+                (layout.block_bytes() * capacity) as u64,
+            )?;
+            let mut larger = backend.kv_allocate(layout, capacity)?;
+            // A block at a time, so that the copy needs no room of its own.
+            for block in &self.blocks {
+                let contents = backend.kv_export(&self.kv, &[*block])?;
+                backend.kv_import(&mut larger, &[*block], &contents)?;
+            }
+            self.kv = larger;
+            self.capacity_blocks = capacity;
+        }
+        self.blocks.extend(self.blocks.len() as u32..needed as u32);
+        Ok(())
+    }
+}
+
+impl<B: Backend> AnySequence for Sequence<B> {
+    fn length(&self) -> usize {
+        self.length
+    }
+
+    fn decoder_limits(&self) -> (usize, usize) {
+        (self.decoder.config().context_length, self.decoder.vocab_size())
+    }
+
+    fn feed(&mut self, tokens: &[u32], output: &mut Output<'_>) -> Result<(), CoreError> {
+        self.reserve(tokens.len())?;
+        let mut values = Vec::new();
+        let vocab_size = self.decoder.vocab_size();
+        let mut rest = tokens;
+        while !rest.is_empty() {
+            let (chunk, after) = rest.split_at(self.chunk.min(rest.len()));
+            let spans =
+                [Span { rows: 0..chunk.len(), position: self.length, blocks: &self.blocks }];
+            let Sequence { decoder, kv, workspace, .. } = self;
+            decoder.forward(&Step { tokens: chunk, spans: &spans }, kv, workspace);
+            match output {
+                Output::States(show) => {
+                    decoder.final_states(workspace, &mut values)?;
+                    show(&values);
+                }
+                Output::Last(logits) if after.is_empty() => {
+                    decoder.logits(workspace, &[chunk.len() - 1], logits)?;
+                }
+                Output::Last(_) => {}
+                Output::Every(show) => {
+                    let rows: Vec<usize> = (0..chunk.len()).collect();
+                    for picks in rows.chunks(PICKS) {
+                        decoder.logits(workspace, picks, &mut values)?;
+                        values.chunks_exact(vocab_size).for_each(&mut *show);
+                    }
+                }
+            }
+            self.length += chunk.len();
+            rest = after;
+        }
+        Ok(())
+    }
+}
+
+impl Session {
+    /// Tokens read so far.
+    pub fn length(&self) -> usize {
+        self.sequence.length()
+    }
+
+    /// Tokens that the model's context still has room for.
+    pub fn remaining(&self) -> usize {
+        let (context_length, _) = self.sequence.decoder_limits();
+        context_length - self.length()
+    }
+
+    /// Refuses tokens that the model does not have or has no room for.
+    fn check(&self, tokens: &[u32]) -> Result<(), Error> {
+        let (context_length, vocab_size) = self.sequence.decoder_limits();
+        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            return Err(Error::TokenOutOfRange { token, vocab_size });
+        }
+        let length = self.length() + tokens.len();
+        if length > context_length {
+            return Err(Error::ContextExceeded { length, context_length });
+        }
+        if tokens.is_empty() {
+            return Err(Error::EmptyPrompt);
+        }
+        Ok(())
+    }
+
+    /// Reads tokens and puts the logits `[vocabulary]` of the last of them into `logits`.
+    pub fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), Error> {
+        self.check(tokens)?;
+        Ok(self.sequence.feed(tokens, &mut Output::Last(logits))?)
+    }
+
+    /// Reads tokens and shows the logits `[vocabulary]` of each of them in turn.
+    pub fn feed_showing_all(
+        &mut self,
+        tokens: &[u32],
+        mut show: impl FnMut(&[f32]),
+    ) -> Result<(), Error> {
+        self.check(tokens)?;
+        Ok(self.sequence.feed(tokens, &mut Output::Every(&mut show))?)
+    }
+
+    /// Reads tokens and shows the normed final hidden states `[tokens, hidden]`, some tokens at a
+    /// time.
+    pub fn feed_showing_states(
+        &mut self,
+        tokens: &[u32],
+        mut show: impl FnMut(&[f32]),
+    ) -> Result<(), Error> {
+        self.check(tokens)?;
+        Ok(self.sequence.feed(tokens, &mut Output::States(&mut show))?)
+    }
+}

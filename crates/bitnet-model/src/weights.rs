@@ -1,0 +1,456 @@
+//! Tensors of a checkpoint to a decoder in a backend's memory.
+//!
+//! One matrix at a time per thread passes through the neutral form
+//! ([`TernaryMatrix`]), so loading needs little memory besides what the backend keeps.
+
+use std::collections::BTreeSet;
+use std::path::Path;
+use std::sync::Mutex;
+
+use bitnet_core::backend::{ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
+use bitnet_core::{DType, Tensor, TernaryMatrix, WeightScale, budget};
+use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout};
+use bitnet_quant::ternary;
+use rayon::prelude::*;
+
+use crate::config::{LayerConfig, ModelConfig, Precision, WeightRule};
+use crate::decoder::{Decoder, Layer};
+use crate::error::Error;
+use crate::formats::Tensors;
+
+/// Choices that a file cannot make for us.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct LoadOptions {
+    /// Which of the three I2_S layouts the file has.
+    pub i2s_layout: I2sLayout,
+    /// How linear layers take their input, against what the file or its form says.
+    pub precision: Option<ActivationPrecision>,
+}
+
+/// Loads a decoder. `path` is the model's, for error messages; what was decided for want of a word
+/// in the file is added to `notes`.
+///
+/// The model is refused before anything is allocated if its weights cannot fit in memory.
+pub fn load<B: Backend>(
+    backend: B,
+    path: &Path,
+    config: &ModelConfig,
+    tensors: &Tensors,
+    options: LoadOptions,
+    notes: &mut Vec<String>,
+) -> Result<Decoder<B>, Error> {
+    budget::require(&format!("loading {}", path.display()), packed_bytes(config))?;
+    let loader = Loader { path, config, tensors, options, used: Mutex::default() };
+    let precision = loader.precision(notes)?;
+
+    let embedding = loader.table(config.names.embedding)?;
+    let vocab_size = embedding.rows();
+    if let Some(stated) = config.vocab_size
+        && stated != vocab_size
+    {
+        let name = loader.top_level(config.names.embedding);
+        return Err(loader.error(
+            &name,
+            format!("has {vocab_size} rows but the configuration says {stated} tokens"),
+        ));
+    }
+    let head_name = loader.top_level(config.names.head);
+    let head = match tensors.contains(&head_name) {
+        true => Some(loader.table(config.names.head)?),
+        false => None,
+    };
+    if let Some(head) = &head
+        && head.rows() != vocab_size
+    {
+        return Err(loader.error(
+            &head_name,
+            format!("has {} rows but the embedding has {vocab_size}", head.rows()),
+        ));
+    }
+    let final_norm = loader.norm(
+        &backend,
+        &loader.top_level(config.names.final_norm),
+        config.hidden_size,
+        config.norm_eps,
+        config.norm_offset,
+    )?;
+    // Few threads: each holds one unpacked matrix, and the total is promised to stay small.
+    let threads = rayon::ThreadPoolBuilder::new()
+        .num_threads(std::thread::available_parallelism().map_or(1, |n| n.get().min(4)))
+        .build()
+        .map_err(|error| Error::file(path, format!("cannot start loading threads: {error}")))?;
+    let layers = threads.install(|| {
+        config
+            .layers
+            .par_iter()
+            .enumerate()
+            .map(|(index, kind)| loader.layer(&backend, index, *kind, precision))
+            .collect::<Result<Vec<_>, _>>()
+    })?;
+    loader.refuse_unknown()?;
+    let inverse_frequencies =
+        config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
+    Ok(Decoder {
+        vocab_size,
+        embedding: backend.load_table(&embedding)?,
+        head: head.map(|head| backend.load_table(&head)).transpose()?,
+        final_norm,
+        layers,
+        inverse_frequencies,
+        config: config.clone(),
+        backend,
+    })
+}
+
+/// Bytes of all ternary weights at two bits each, from the description alone.
+pub fn packed_bytes(config: &ModelConfig) -> u64 {
+    let c = |n: usize| n as u128;
+    let (hidden, attention) = (c(config.hidden_size), c(config.heads) * c(config.head_size));
+    let kv = c(config.kv_heads) * c(config.head_size);
+    let layer = hidden * (2 * attention + 2 * kv) + 3 * hidden * c(config.intermediate_size);
+    u64::try_from(layer * c(config.layers.len()) / 4).unwrap_or(u64::MAX)
+}
+
+/// One ternary matrix `[rows, cols]` of a checkpoint by its module's full name
+/// (`model.layers.0.mlp.up_proj`), its rows as they are stored.
+pub fn matrix_by_name(
+    path: &Path,
+    config: &ModelConfig,
+    tensors: &Tensors,
+    module: &str,
+    rows: usize,
+    cols: usize,
+) -> Result<TernaryMatrix, Error> {
+    let options = LoadOptions::default();
+    let loader = Loader { path, config, tensors, options, used: Mutex::default() };
+    loader.stored_matrix(module, rows, cols)
+}
+
+struct Loader<'a> {
+    path: &'a Path,
+    config: &'a ModelConfig,
+    tensors: &'a Tensors,
+    options: LoadOptions,
+    /// Names of the tensors that were read, to find those that nobody asked for.
+    used: Mutex<BTreeSet<String>>,
+}
+
+impl Loader<'_> {
+    fn error(&self, name: &str, reason: impl ToString) -> Error {
+        Error::tensor(self.tensors.path_of(name).unwrap_or(self.path), name, reason)
+    }
+
+    /// Name of a tensor outside the layers. Base models leave out `model.`.
+    fn top_level(&self, name: &str) -> String {
+        let prefixed = format!("model.{name}.weight");
+        if self.tensors.contains(&prefixed) { prefixed } else { format!("{name}.weight") }
+    }
+
+    /// Name of a layer's module, without suffix.
+    fn module(&self, layer: usize, name: &str) -> String {
+        let plain = format!("{}.{layer}.{name}", self.config.names.layer);
+        let prefixed = format!("model.{plain}");
+        // The attention norm is there whatever else is, so it tells which form the names have.
+        let probe = format!(
+            "model.{}.{layer}.{}.weight",
+            self.config.names.layer, self.config.names.attention_norm
+        );
+        if self.tensors.contains(&probe) { prefixed } else { plain }
+    }
+
+    fn find(&self, name: &str) -> Result<Option<&Tensor>, Error> {
+        let tensor = self.tensors.get(name)?;
+        if tensor.is_some() {
+            self.used.lock().expect("no panic while held").insert(name.to_owned());
+        }
+        Ok(tensor)
+    }
+
+    fn need(&self, name: &str) -> Result<&Tensor, Error> {
+        self.find(name)?.ok_or_else(|| {
+            self.error(name, format!("is missing, but {} has it", self.config.architecture))
+        })
+    }
+
+    /// The embedding or the head, `[vocabulary, hidden]`.
+    fn table(&self, name: &str) -> Result<Tensor, Error> {
+        let name = self.top_level(name);
+        let tensor = self.need(&name)?;
+        let hidden = self.config.hidden_size;
+        if tensor.shape().len() != 2 || tensor.cols() != hidden || tensor.rows() == 0 {
+            return Err(self.error(
+                &name,
+                format!("has shape {:?} but [vocabulary, {hidden}] is needed", tensor.shape()),
+            ));
+        }
+        let float = matches!(tensor.dtype(), DType::F32 | DType::F16 | DType::BF16);
+        if !float && !matches!(tensor.dtype(), DType::Q8_0 | DType::Q4K | DType::Q6K) {
+            return Err(self.error(
+                &name,
+                format!(
+                    "is {}: an embedding or head must be F32, F16, BF16, Q8_0, Q4_K or Q6_K",
+                    tensor.dtype()
+                ),
+            ));
+        }
+        self.check_finite(&name, tensor)?;
+        Ok(tensor.clone())
+    }
+
+    /// Zero times a weight must be zero, which takes finite weights.
+    fn check_finite(&self, name: &str, tensor: &Tensor) -> Result<(), Error> {
+        let bad = (0..tensor.rows()).into_par_iter().find_first(|&row| {
+            let mut values = vec![0.0f32; tensor.cols()];
+            decode_row(tensor.dtype(), tensor.row(row), &mut values);
+            !values.iter().all(|value| value.is_finite())
+        });
+        match bad {
+            None => Ok(()),
+            Some(row) => {
+                Err(self.error(name, format!("row {row} holds a number that is not finite")))
+            }
+        }
+    }
+
+    fn norm<B: Backend>(
+        &self,
+        backend: &B,
+        name: &str,
+        len: usize,
+        eps: f32,
+        offset: f32,
+    ) -> Result<Norm<B>, Error> {
+        let tensor = self.need(name)?;
+        if tensor.shape() != [len] {
+            return Err(
+                self.error(name, format!("has shape {:?} but [{len}] is needed", tensor.shape()))
+            );
+        }
+        if !tensor.dtype().is_float() {
+            return Err(self.error(name, format!("is {}: a norm must be float", tensor.dtype())));
+        }
+        let mut values = vec![0.0f32; len];
+        decode_row(tensor.dtype(), tensor.data(), &mut values);
+        values.iter_mut().for_each(|value| *value += offset);
+        if let Some(index) = values.iter().position(|value| !value.is_finite()) {
+            return Err(self.error(name, format!("element {index} is not a finite number")));
+        }
+        Ok(Norm { weight: backend.load_vector(&values)?, eps })
+    }
+
+    /// One of the model's own norms in a layer.
+    fn layer_norm<B: Backend>(
+        &self,
+        backend: &B,
+        layer: usize,
+        name: &str,
+        len: usize,
+    ) -> Result<Norm<B>, Error> {
+        let name = format!("{}.weight", self.module(layer, name));
+        self.norm(backend, &name, len, self.config.norm_eps, self.config.norm_offset)
+    }
+
+    /// How linear layers take their input, decided once for the whole model.
+    fn precision(&self, notes: &mut Vec<String>) -> Result<ActivationPrecision, Error> {
+        if let Some(precision) = self.options.precision {
+            return Ok(precision);
+        }
+        let c = self.config;
+        match c.precision {
+            Precision::Known(precision) => Ok(precision),
+            Precision::ByScale => {
+                let down = self.matrix(0, c.names.down, c.hidden_size, c.intermediate_size)?;
+                let (precision, word, reason) = match down.scale() {
+                    WeightScale::Multiply(_) | WeightScale::Divide(_) => {
+                        (ActivationPrecision::Int8, "int8", "one scale")
+                    }
+                    _ => (ActivationPrecision::F32, "f32", "several scales"),
+                };
+                notes.push(format!(
+                    "the file does not say how inputs are quantised: {word} is used because each \
+                     matrix has {reason}"
+                ));
+                Ok(precision)
+            }
+        }
+    }
+
+    fn layer<B: Backend>(
+        &self,
+        backend: &B,
+        index: usize,
+        kind: LayerConfig,
+        precision: ActivationPrecision,
+    ) -> Result<Layer<B>, Error> {
+        let c = self.config;
+        let n = &c.names;
+        let attention = c.heads * c.head_size;
+        let kv = c.kv_heads * c.head_size;
+        let linear = |name, rows, cols| self.linear(backend, index, name, rows, cols, precision);
+        let norm = |name, len| self.layer_norm(backend, index, name, len);
+        let optional = |wanted: bool, name, len| wanted.then(|| norm(name, len)).transpose();
+        Ok(Layer {
+            kind,
+            attention_norm: norm(n.attention_norm, c.hidden_size)?,
+            q: linear(n.q, attention, c.hidden_size)?,
+            k: linear(n.k, kv, c.hidden_size)?,
+            v: linear(n.v, kv, c.hidden_size)?,
+            o: linear(n.o, c.hidden_size, attention)?,
+            q_norm: optional(c.head_norms, n.q_norm, c.head_size)?,
+            k_norm: optional(c.head_norms, n.k_norm, c.head_size)?,
+            attention_sub_norm: optional(c.sub_norms, n.attention_sub_norm, attention)?,
+            post_attention_norm: optional(c.post_norms, n.post_attention_norm, c.hidden_size)?,
+            ffn_norm: norm(n.ffn_norm, c.hidden_size)?,
+            ffn: GatedFfn {
+                gate: linear(n.gate, c.intermediate_size, c.hidden_size)?,
+                up: linear(n.up, c.intermediate_size, c.hidden_size)?,
+                down: linear(n.down, c.hidden_size, c.intermediate_size)?,
+                activation: c.activation,
+                sub_norm: optional(c.sub_norms, n.ffn_sub_norm, c.intermediate_size)?,
+            },
+            post_ffn_norm: optional(c.post_norms, n.post_ffn_norm, c.hidden_size)?,
+        })
+    }
+
+    fn linear<B: Backend>(
+        &self,
+        backend: &B,
+        layer: usize,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        precision: ActivationPrecision,
+    ) -> Result<BitLinear<B>, Error> {
+        let norm = match self.config.projection_norm_eps {
+            None => None,
+            Some(eps) => {
+                let module = self.module(layer, name);
+                let name = format!("{module}{}.weight", self.config.names.projection_norm);
+                Some(self.norm(backend, &name, cols, eps, 0.0)?)
+            }
+        };
+        let matrix = self.matrix(layer, name, rows, cols)?;
+        Ok(BitLinear { weight: backend.load_linear(&matrix, precision)?, norm })
+    }
+
+    /// One ternary matrix, from whatever the checkpoint stores for it.
+    fn matrix(
+        &self,
+        layer: usize,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<TernaryMatrix, Error> {
+        let matrix = self.stored_matrix(&self.module(layer, name), rows, cols)?;
+        let names = &self.config.names;
+        if self.config.interleaved_rope_rows && (name == names.q || name == names.k) {
+            return Ok(matrix.reorder_rows(&self.half_split_order(rows)));
+        }
+        Ok(matrix)
+    }
+
+    /// A module's matrix with its rows as they are stored.
+    fn stored_matrix(
+        &self,
+        module: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<TernaryMatrix, Error> {
+        let weight_name = format!("{module}.weight");
+        let weight = self.need(&weight_name)?;
+        let packed = weight.dtype() == DType::U8;
+        let shape = if packed { [rows.div_ceil(4), cols] } else { [rows, cols] };
+        if weight.shape() != shape {
+            return Err(self.error(
+                &weight_name,
+                format!("has shape {:?} but the configuration makes it {shape:?}", weight.shape()),
+            ));
+        }
+        let failed = |error: bitnet_core::Error| self.error(&weight_name, error);
+        let rule = self.config.weights;
+        match weight.dtype() {
+            DType::U8 => {
+                let scale = self.scale(&format!("{module}.weight_scale"))?;
+                let scale = match rule {
+                    WeightRule::Multiply => WeightScale::Multiply(scale),
+                    WeightRule::Divide => WeightScale::Divide(scale),
+                    WeightRule::Exact => {
+                        return Err(self.error(
+                            &weight_name,
+                            "is packed, but config.json has no quantization_config that says how \
+                             its scale is meant",
+                        ));
+                    }
+                };
+                packing::hf::decode(weight, rows, scale).map_err(failed)
+            }
+            dtype if dtype.is_ternary() => {
+                packing::decode_ternary(weight, self.options.i2s_layout).map_err(failed)
+            }
+            dtype if !dtype.is_float() => Err(self.error(
+                &weight_name,
+                format!("is {dtype}: a linear layer must be ternary or float"),
+            )),
+            _ if rule == WeightRule::Exact => ternary::exact(weight).map_err(|error| {
+                self.error(
+                    &weight_name,
+                    format!("{error}; this is a dense model, and only ternary models run here"),
+                )
+            }),
+            // A float GGUF holds either weights that were ternarised before, or master weights.
+            _ if self.config.names.layer == "blk" => {
+                ternary::exact(weight).or_else(|_| ternary::absmean(weight)).map_err(failed)
+            }
+            _ => ternary::absmean(weight).map_err(failed),
+        }
+    }
+
+    /// GGUF's `llama` stores the two halves of each head's rows interleaved: row `2i + half` of a
+    /// head is row `half * head_size/2 + i` of the original.
+    fn half_split_order(&self, rows: usize) -> Vec<usize> {
+        let head_size = self.config.head_size;
+        (0..rows)
+            .map(|row| {
+                let (head, within) = (row / head_size, row % head_size);
+                let (half, i) = (within / (head_size / 2), within % (head_size / 2));
+                head * head_size + 2 * i + half
+            })
+            .collect()
+    }
+
+    /// A `weight_scale`: one float number.
+    fn scale(&self, name: &str) -> Result<f32, Error> {
+        let tensor = self.need(name)?;
+        if tensor.len() != 1 || !tensor.dtype().is_float() {
+            return Err(self.error(
+                name,
+                format!("is {} {:?}: one float is needed", tensor.dtype(), tensor.shape()),
+            ));
+        }
+        let mut value = [0.0f32];
+        decode_row(tensor.dtype(), tensor.data(), &mut value);
+        Ok(value[0])
+    }
+
+    /// A layer tensor that the description does not know means that the description is wrong.
+    fn refuse_unknown(&self) -> Result<(), Error> {
+        let used = self.used.lock().expect("no panic while held");
+        let layers = self.config.names.layer;
+        let unknown = self.tensors.names().find(|name| {
+            let name_in_model = name.strip_prefix("model.").unwrap_or(name);
+            let in_layers = name_in_model.starts_with(&format!("{layers}."));
+            let harmless = name.ends_with("rotary_emb.inv_freq");
+            (in_layers || *name == "rope_freqs.weight") && !used.contains(*name) && !harmless
+        });
+        match unknown {
+            None => Ok(()),
+            Some(name) => Err(self.error(
+                name,
+                format!(
+                    "is not part of the architecture {}: the result would be wrong without it",
+                    self.config.architecture
+                ),
+            )),
+        }
+    }
+}
