@@ -5,7 +5,7 @@
 //! and SentencePiece's `tokenizer.model` ([`Tokenizer::from_sentencepiece`]).
 //!
 //! Encoding has two halves. Special tokens are cut out of the text first; what lies between them
-//! goes through a [`Segmentation`]. Decoding needs none of that: every id stands for fixed bytes,
+//! goes through a `Segmentation`. Decoding needs none of that: every id stands for fixed bytes,
 //! written down once when the tokenizer is built, so decoding a stream costs the same per token
 //! however long the text has grown.
 
