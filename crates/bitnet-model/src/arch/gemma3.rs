@@ -162,6 +162,19 @@ mod tests {
     }
 
     #[test]
+    fn newer_files_give_both_rotations_in_rope_parameters() {
+        let older = gemma(r#", "rope_local_base_freq": 20000.0"#).unwrap();
+        let newer = gemma(
+            r#", "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0}}"#,
+        )
+        .unwrap();
+        assert_eq!(newer, older);
+        assert_eq!(older.ropes.iter().map(|r| r.theta).collect::<Vec<_>>(), [1e6, 2e4]);
+    }
+
+    #[test]
     fn attention_that_is_not_plain_is_refused() {
         for (extra, word) in [
             (r#", "use_bidirectional_attention": true"#, "causal"),
