@@ -40,7 +40,7 @@ fn models() -> Vec<(PathBuf, Vec<u32>)> {
         let Some(path) = shared_data(name) else { continue };
         found.push((path.clone(), GoldenModel::read(&path).prompts[3].ids.clone()));
     }
-    if let Some(directory) = golden("tiny-trained-packed") {
+    if let Some(directory) = golden("tiny") {
         let golden = GoldenModel::read_from(&tiny_model(), &directory.join("golden"));
         found.push((tiny_model(), golden.prompts[3].ids.clone()));
     }
