@@ -87,6 +87,35 @@ fn logits_do_not_depend_on_instruction_set_threads_or_chunks() {
     }
 }
 
+/// SHA-256 of the logits' bits of every position of the longest prompt, little-endian, as x86-64
+/// computes them. Any CPU must get the same ones.
+const DIGESTS: [(&str, &str); 4] = [
+    ("tiny", "2172f5d011a4ffd496dc67f633903a7c302df0af742429aeb50462566070b8b3"),
+    ("llama-1.58-packed", "35d9af045c698a8ced73c4cc476c4d3d6e33f1f508df995c0821acea7d6f9ee9"),
+    ("bitnet-1bitllm", "5925372c426aa33df66356ed75f5f6201a93a08d5c28016e3e32230a764fb00b"),
+    (
+        "bitnet-packed-TQ2_0.gguf",
+        "bc285a4a75a229eb125914ef60df4e54e5c789fa0fbf62b62437c18ad0d74f98",
+    ),
+];
+
+#[test]
+fn logits_have_the_same_bits_on_every_kind_of_cpu() {
+    use sha2::{Digest, Sha256};
+    let models = models();
+    for (name, expected) in DIGESTS {
+        let found = models.iter().find(|(path, _)| path.ends_with(name));
+        let (path, ids) = found.expect("these models are in this repository");
+        let model = open(path, *Isa::detected().last().unwrap(), 2);
+        let mut digest = Sha256::new();
+        for bits in logits(&model, ids, 64, KvType::F32) {
+            digest.update(bits.to_le_bytes());
+        }
+        let hex: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, expected, "{name}");
+    }
+}
+
 #[test]
 fn coarser_keys_and_values_are_the_same_everywhere_too() {
     for (path, ids) in models().into_iter().take(3) {
