@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use bitnet_core::Device;
 use bitnet_core::Error as CoreError;
+use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_model::config::{ModelConfig, Pooling};
 use bitnet_model::source::{self, Description};
 use bitnet_model::tokenizer::Tokenizer;
 use bitnet_model::weights::{self, LoadOptions};
-use bitnet_quant::reference::ReferenceBackend;
 
 use crate::error::Error;
 use crate::session::{AnyDecoder, Session, SessionOptions};
@@ -18,8 +18,10 @@ use crate::session::{AnyDecoder, Session, SessionOptions};
 pub struct ModelOptions {
     /// Device; `None` takes the best there is.
     pub device: Option<Device>,
-    /// Threads; `None` takes the processor's cores.
+    /// Threads; `None` takes one per physical core.
     pub threads: Option<usize>,
+    /// Instruction set of the processor; `None` takes what `BITNET_ISA` says, or the best.
+    pub isa: Option<Isa>,
     /// What a file cannot say about itself.
     pub load: LoadOptions,
 }
@@ -39,7 +41,11 @@ impl Model {
             let reason = "this program is built without it; use --device cpu".to_owned();
             return Err(CoreError::DeviceUnavailable { device, reason }.into());
         }
-        let backend = ReferenceBackend;
+        let isa = match options.isa {
+            Some(isa) => Some(isa),
+            None => Isa::from_env()?,
+        };
+        let backend = CpuBackend::new(CpuOptions { threads: options.threads, isa })?;
         let mut description = checkpoint.description;
         let decoder = weights::load(
             backend,

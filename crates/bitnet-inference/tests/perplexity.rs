@@ -42,8 +42,8 @@ fn check(name: &str, model: &str, stories: &str, eval: &std::path::Path) {
 
 #[test]
 fn the_built_in_model_has_the_perplexity_of_the_reference() {
-    let Some(data) = golden("tiny-trained-packed/eval.json") else { return };
-    let Some(stories) = golden("tiny-trained-packed/valid.txt") else { return };
+    let Some(data) = golden("tiny/eval.json") else { return };
+    let Some(stories) = golden("tiny/valid.txt") else { return };
     let stories = std::fs::read_to_string(stories).unwrap();
     check("tiny", "tiny", &stories, &data);
     // The same model from its folder.

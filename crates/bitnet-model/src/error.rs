@@ -31,13 +31,30 @@ pub enum Error {
 impl Error {
     /// An error about a whole file.
     pub fn file(path: &Path, reason: impl ToString) -> Self {
-        Error::File { path: path.to_owned(), reason: reason.to_string() }
+        Error::File { path: path.to_owned(), reason: printable(&reason.to_string()) }
     }
 
     /// An error about one tensor.
     pub fn tensor(path: &Path, tensor: &str, reason: impl ToString) -> Self {
-        Error::Tensor { path: path.to_owned(), tensor: excerpt(tensor), reason: reason.to_string() }
+        Error::Tensor {
+            path: path.to_owned(),
+            tensor: excerpt(tensor),
+            reason: printable(&reason.to_string()),
+        }
     }
+}
+
+/// A reason, which may quote a file, without control characters and not longer than a screen.
+fn printable(reason: &str) -> String {
+    const CHARS: usize = 1000;
+    let escaped = |c: char| -> String {
+        if c.is_control() { c.escape_debug().to_string() } else { c.to_string() }
+    };
+    let mut text: String = reason.chars().take(CHARS).map(escaped).collect();
+    if reason.chars().nth(CHARS).is_some() {
+        text.push_str("...");
+    }
+    text
 }
 
 /// The beginning of a text from a file, safe to print: a message should neither fill the screen
@@ -52,11 +69,13 @@ pub(crate) fn excerpt(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::excerpt;
+    use super::{excerpt, printable};
 
     #[test]
     fn texts_from_files_are_cut_and_escaped_in_messages() {
         assert_eq!(excerpt("a\u{1b}[2J"), "a\\u{1b}[2J");
+        assert_eq!(printable("says \u{1b}[2J `é`"), "says \\u{1b}[2J `é`");
+        assert_eq!(printable(&"é".repeat(2000)).chars().count(), 1003);
         assert_eq!(excerpt(&"é".repeat(500)).chars().count(), 123);
     }
 }

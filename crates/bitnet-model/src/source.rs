@@ -64,22 +64,29 @@ pub fn open(model: &str) -> Result<Checkpoint, Error> {
 }
 
 /// The files of a Hugging Face checkpoint besides its weights, as bytes.
-struct Sidecars<'a> {
+#[derive(Debug, Clone, Copy)]
+pub struct Sidecars<'a> {
     /// The model's path, for error messages.
-    path: &'a Path,
-    config: &'a [u8],
-    generation_config: Option<&'a [u8]>,
-    vocabulary: Vocabulary<'a>,
-    tokenizer_config: Option<&'a [u8]>,
-    special_tokens_map: Option<&'a [u8]>,
+    pub path: &'a Path,
+    /// `config.json`.
+    pub config: &'a [u8],
+    /// `generation_config.json`.
+    pub generation_config: Option<&'a [u8]>,
+    /// The vocabulary.
+    pub vocabulary: Vocabulary<'a>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<&'a [u8]>,
+    /// `special_tokens_map.json`.
+    pub special_tokens_map: Option<&'a [u8]>,
     /// `chat_template.jinja`, which stands before the entry in `tokenizer_config.json`.
-    chat_template: Option<&'a [u8]>,
-    /// [`POOLING_FILE`] of an embedding model.
-    pooling: Option<&'a [u8]>,
+    pub chat_template: Option<&'a [u8]>,
+    /// `1_Pooling/config.json` of an embedding model.
+    pub pooling: Option<&'a [u8]>,
 }
 
 /// The file that has the vocabulary.
-enum Vocabulary<'a> {
+#[derive(Debug, Clone, Copy)]
+pub enum Vocabulary<'a> {
     /// `tokenizer.json`.
     Json(&'a [u8]),
     /// SentencePiece's `tokenizer.model`, where there is no `tokenizer.json`.
@@ -165,8 +172,8 @@ fn open_file(path: &Path) -> Result<Checkpoint, Error> {
     open_directory(directory.unwrap_or(Path::new(".")), path)
 }
 
-/// Puts a GGUF file together.
-fn describe_gguf(file: GgufFile, path: &Path) -> Result<Checkpoint, Error> {
+/// Puts a GGUF file together. `path` is for error messages.
+pub fn describe_gguf(file: GgufFile, path: &Path) -> Result<Checkpoint, Error> {
     let GgufFile { metadata, tensors } = file;
     let mut notes = Vec::new();
     let name: &str = metadata.require("general.architecture")?;
@@ -221,8 +228,8 @@ fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, Error> {
         .map_err(|error| Error::file(path, format!("is not valid JSON: {error}")))
 }
 
-/// Puts a Hugging Face checkpoint together.
-fn describe(
+/// Puts a Hugging Face checkpoint together. `format` is what people are told about its weights.
+pub fn describe(
     files: Sidecars<'_>,
     tensors: Tensors,
     format: &'static str,

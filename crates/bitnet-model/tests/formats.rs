@@ -3,10 +3,11 @@
 
 use std::path::Path;
 
+use ::safetensors::SafeTensors;
 use bitnet_core::DType;
-use bitnet_model::formats::{Tensors, gguf, read_checkpoint};
+use bitnet_model::formats::index::ShardIndex;
+use bitnet_model::formats::{Tensors, gguf, pickle, read_checkpoint, safetensors};
 use bitnet_testing::{golden, shared_data};
-use safetensors::SafeTensors;
 
 const DIRECTORIES: [&str; 9] = [
     "bitnet-1bitllm",
@@ -94,9 +95,11 @@ fn a_tensor_that_the_index_promises_and_its_shard_lacks_is_named() {
     std::fs::write(&index, json.replace("model.norm.weight", "model.norm.bias")).unwrap();
     let error = read_checkpoint(copy.path()).unwrap_err().to_string();
     assert!(error.contains("tensor `model.norm.bias`: is not there although"), "{error}");
-    let moved = json.replace("00002-of-00002.safetensors", "00001-of-00002.safetensors");
-    std::fs::write(&index, moved).unwrap();
-    assert!(read_checkpoint(copy.path()).unwrap_err().to_string().contains("is not there"));
+    // A tensor that is in the other shard.
+    let at = |n| format!(r#""model.embed_tokens.weight": "model-0000{n}-of-00002.safetensors""#);
+    std::fs::write(&index, json.replace(&at(1), &at(2))).unwrap();
+    let error = read_checkpoint(copy.path()).unwrap_err().to_string();
+    assert!(error.contains("tensor `model.embed_tokens.weight`: is not there"), "{error}");
 }
 
 #[test]
@@ -204,4 +207,62 @@ fn both_gguf_files_of_one_model_hold_the_same_norms_and_embeddings() {
         }
     }
     assert_eq!(compared, 18);
+}
+
+/// A start file of the fuzz targets: a golden model cut down to a few small tensors.
+fn seed(path: &str) -> Vec<u8> {
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds");
+    std::fs::read(seeds.join(path)).unwrap()
+}
+
+#[test]
+fn the_start_files_of_the_fuzz_targets_are_good_files() {
+    for name in ["bitnet-bf16", "bitnet-packed", "llama-1.58-rmsnorm"] {
+        let mut tensors = Tensors::default();
+        let bytes = seed(&format!("safetensors/{name}")).into();
+        safetensors::from_bytes(bytes, Path::new(name), &mut tensors).unwrap();
+        assert_eq!(tensors.len(), 11);
+    }
+    for name in ["I2_S", "TQ2_0"] {
+        let file = gguf::from_bytes(seed(&format!("gguf/{name}")).into(), Path::new(name)).unwrap();
+        assert_eq!((file.tensors.len(), file.metadata.keys().count()), (6, 25));
+        let down = file.tensors.get("blk.0.ffn_down.weight").unwrap().unwrap();
+        assert_eq!(down.dtype().to_string(), name);
+    }
+    let index = ShardIndex::from_bytes(&seed("index/sharded"), Path::new("index")).unwrap();
+    assert_eq!(index.shards().count(), 2);
+}
+
+#[test]
+fn state_dictionaries_by_cpythons_own_pickler_are_read_in_every_protocol() {
+    // The pickles are CPython's; names and arguments of the calls are torch's.
+    let archive = |pickle: &[u8]| {
+        let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
+        let options = zip::write::SimpleFileOptions::default()
+            .compression_method(zip::CompressionMethod::Stored);
+        let values: Vec<u8> = (0..16).collect();
+        for (name, data) in [("m/data.pkl", pickle), ("m/data/0", &values), ("m/data/1", &[])] {
+            writer.start_file(name, options).unwrap();
+            std::io::Write::write_all(&mut writer, data).unwrap();
+        }
+        writer.finish().unwrap().into_inner()
+    };
+    let pickles = ["state-2", "ordered-2", "ordered-4", "ordered-5"]
+        .map(|name| archive(&seed(&format!("pickle/{name}"))));
+    for bytes in pickles.into_iter().chain([seed("pickle/archive")]) {
+        let mut tensors = Tensors::default();
+        pickle::from_bytes(bytes.into(), Path::new("m.bin"), &mut tensors).unwrap();
+        let get = |name| {
+            let tensor = tensors.get(name).unwrap().unwrap();
+            (tensor.dtype(), tensor.shape(), &tensor.data()[..])
+        };
+        let values: Vec<u8> = (0..16).collect();
+        assert_eq!(get("model.norm.weight"), (DType::F16, &[8][..], &values[..]));
+        assert_eq!(get("model.w"), (DType::F16, &[2, 3][..], &values[4..]));
+        assert_eq!(get("p"), (DType::F16, &[1, 4][..], &values[8..]));
+        assert_eq!(get("empty"), (DType::F32, &[0, 4][..], &[][..]));
+        assert!(tensors.get("t").unwrap_err().to_string().contains("not contiguous"));
+        assert!(tensors.get("s").unwrap_err().to_string().contains("ShortStorage"));
+        assert_eq!(tensors.len(), 6);
+    }
 }

@@ -11,9 +11,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
+use bitnet_core::backend::{Backend, KvType, Span};
+use bitnet_cpu::{CpuBackend, CpuOptions};
+use bitnet_model::decoder::Step;
 use bitnet_model::formats::index::ShardIndex;
 use bitnet_model::formats::{Tensors, gguf, pickle, safetensors};
-use bitnet_testing::{golden, shared_data};
+use bitnet_model::source::{self, Checkpoint, Sidecars, Vocabulary};
+use bitnet_model::tokenizer::Special;
+use bitnet_model::weights::{self, LoadOptions};
+use bitnet_testing::{golden, shared_data, tiny_model};
 use bytes::Bytes;
 
 /// Mutations in all, over all targets, when the environment does not say otherwise.
@@ -88,7 +94,40 @@ fn targets() -> Vec<Target> {
             Seed::new(bytes, vec![0..end / 2, end / 2..end])
         })
         .collect();
+    let models = [golden("gguf/bitnet-packed-TQ2_0.gguf")]
+        .into_iter()
+        .filter_map(read)
+        .map(|bytes| {
+            let place = |text: &[u8]| bytes.windows(text.len()).position(|w| w == text).unwrap();
+            let (tokens, table) = (place(b"tokenizer.ggml.tokens"), place(b"token_embd.weight"));
+            let data = place(b"output_norm.weight") + 50;
+            let end = bytes.len();
+            Seed::new(bytes, vec![0..tokens, tokens..table, table..data, data..end])
+        })
+        .collect();
+    let tiny = |name: &str| std::fs::read(tiny_model().join(name)).unwrap();
+    let whole = |bytes: Vec<u8>| {
+        let end = bytes.len();
+        vec![Seed::new(bytes, vec![0..end / 2, end / 2..end])]
+    };
+    let weights = tiny("model.safetensors");
+    let header = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize + 8;
+    let end = weights.len();
+    let weights = vec![Seed::new(weights, vec![0..header, header..end])];
     vec![
+        Target { name: "GGUF model", seeds: models, read: load_gguf },
+        Target { name: "weights of a model", seeds: weights, read: load_weights },
+        Target { name: "config.json", seeds: whole(tiny("config.json")), read: load_config },
+        Target {
+            name: "tokenizer.json",
+            seeds: whole(tiny("tokenizer.json")),
+            read: load_tokenizer,
+        },
+        Target {
+            name: "tokenizer_config.json",
+            seeds: whole(tiny("tokenizer_config.json")),
+            read: load_tokenizer_config,
+        },
         Target { name: "safetensors", seeds: safetensors, read: read_safetensors },
         Target { name: "gguf", seeds: ggufs, read: read_gguf },
         Target { name: "pickle", seeds: pickles, read: read_pickle },
@@ -137,6 +176,74 @@ fn read_index(bytes: &[u8]) -> Result<(), String> {
     let index = ShardIndex::from_bytes(bytes, Path::new("m.json")).map_err(|e| e.to_string())?;
     assert!(index.shards().all(|(shard, _)| !shard.contains(['/', '\\']) && shard != ".."));
     Ok(())
+}
+
+/// Loads a checkpoint and runs two tokens through it.
+fn load(checkpoint: Result<Checkpoint, bitnet_model::Error>) -> Result<(), String> {
+    let Checkpoint { mut description, tensors } = checkpoint.map_err(|e| e.to_string())?;
+    let (config, notes) = (&description.config, &mut description.notes);
+    let options = LoadOptions::default();
+    let decoder = weights::load(cpu(), &description.path, config, &tensors, options, notes)
+        .map_err(|e| e.to_string())?;
+    let text = description.tokenizer.encode("Once upon", true, Special::Recognised);
+    let _ = text.and_then(|ids| description.tokenizer.decode(&ids, true));
+    let blocks = [0];
+    let layout = decoder.kv_layout(KvType::F32, 16);
+    let mut kv = decoder.backend().kv_allocate(layout, 1).map_err(|e| e.to_string())?;
+    let mut workspace = decoder.workspace(2, 1).map_err(|e| e.to_string())?;
+    let last = decoder.vocab_size() as u32 - 1;
+    let spans = [Span { rows: 0..2, position: 0, blocks: &blocks }];
+    decoder.forward(&Step { tokens: &[0, last], spans: &spans }, &mut kv, &mut workspace);
+    let mut logits = Vec::new();
+    decoder.logits(&mut workspace, &[1], &mut logits).map_err(|e| e.to_string())
+}
+
+fn cpu() -> CpuBackend {
+    CpuBackend::new(CpuOptions { threads: Some(1), isa: None }).unwrap()
+}
+
+fn load_gguf(bytes: &[u8]) -> Result<(), String> {
+    let path = Path::new("m.gguf");
+    let file = gguf::from_bytes(Bytes::copy_from_slice(bytes), path).map_err(|e| e.to_string())?;
+    load(source::describe_gguf(file, path))
+}
+
+/// Loads the built-in model with one of its files replaced.
+fn load_tiny(replaced: &str, bytes: &[u8]) -> Result<(), String> {
+    let file = |name: &str| match name == replaced {
+        true => bytes.to_vec(),
+        false => std::fs::read(tiny_model().join(name)).unwrap(),
+    };
+    let mut tensors = Tensors::default();
+    safetensors::from_bytes(file("model.safetensors").into(), Path::new("m"), &mut tensors)
+        .map_err(|e| e.to_string())?;
+    let sidecars = Sidecars {
+        path: Path::new("m"),
+        config: &file("config.json"),
+        generation_config: Some(&file("generation_config.json")),
+        vocabulary: Vocabulary::Json(&file("tokenizer.json")),
+        tokenizer_config: Some(&file("tokenizer_config.json")),
+        special_tokens_map: None,
+        chat_template: None,
+        pooling: None,
+    };
+    load(source::describe(sidecars, tensors, "Hugging Face"))
+}
+
+fn load_weights(bytes: &[u8]) -> Result<(), String> {
+    load_tiny("model.safetensors", bytes)
+}
+
+fn load_config(bytes: &[u8]) -> Result<(), String> {
+    load_tiny("config.json", bytes)
+}
+
+fn load_tokenizer(bytes: &[u8]) -> Result<(), String> {
+    load_tiny("tokenizer.json", bytes)
+}
+
+fn load_tokenizer_config(bytes: &[u8]) -> Result<(), String> {
+    load_tiny("tokenizer_config.json", bytes)
 }
 
 /// Deterministic numbers (SplitMix64, Steele et al. 2014).

@@ -9,6 +9,7 @@ use bitnet_model::tokenizer::{
     token_ids_in_json,
 };
 use bitnet_testing::{golden, shared_data};
+use proptest::prelude::*;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -205,9 +206,9 @@ fn an_unknown_id_is_an_error_that_names_it() {
     assert!(tokenizer.decode(&[u32::MAX], true).is_err());
 }
 
-/// A byte-level vocabulary of three letters, with `change` applied to the file.
-fn tiny_json(change: impl FnOnce(&mut Value)) -> Result<Tokenizer, TokenizerError> {
-    let mut file = json!({
+/// A `tokenizer.json` with three tokens and a special one.
+fn tiny_file() -> Value {
+    json!({
         "version": "1.0",
         "added_tokens": [{"id": 5, "content": "<s>", "special": true, "normalized": false}],
         "normalizer": null,
@@ -216,7 +217,11 @@ fn tiny_json(change: impl FnOnce(&mut Value)) -> Result<Tokenizer, TokenizerErro
         "post_processor": null,
         "decoder": {"type": "ByteLevel"},
         "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
-    });
+    })
+}
+
+fn tiny_json(change: impl FnOnce(&mut Value)) -> Result<Tokenizer, TokenizerError> {
+    let mut file = tiny_file();
     change(&mut file);
     let bytes = serde_json::to_vec(&file).unwrap();
     Tokenizer::from_json(&bytes, &TokenizerConfig::default())
@@ -536,5 +541,50 @@ fn the_llama_3_vocabulary_encodes_as_llama_cpp_and_hugging_face_do() {
     for Pair { text, ids } in vectors {
         assert_eq!(encode(&text), ids, "{text:?}");
         assert_eq!(tokenizer.decode(&ids, true).unwrap(), text);
+    }
+}
+
+#[test]
+fn a_megabyte_of_one_word_is_encoded_and_comes_back() {
+    let Some(tokenizer) = golden_tokenizer() else { return };
+    let length = 1 << 20;
+    for text in ["a".repeat(length), "12".repeat(length / 2), "😀".repeat(length / 4)] {
+        let ids = tokenizer.encode(&text, false, Special::Recognised).unwrap();
+        assert!(tokenizer.decode(&ids, false).unwrap() == text, "of {:?}", &text[..4]);
+    }
+}
+
+#[test]
+fn half_a_megabyte_of_spaces_is_split_as_a_few_are_and_more_is_refused() {
+    let Some(tokenizer) = golden_tokenizer() else { return };
+    let end = |spaces: usize| {
+        let text = " ".repeat(spaces) + "x ternary";
+        let ids = tokenizer.encode(&text, false, Special::Recognised)?;
+        Ok::<_, TokenizerError>(ids[ids.len() - 2..].to_vec())
+    };
+    // ` ternary` is one token only if the word is cut off.
+    let ternary = tokenizer.id_of("Ġternary").unwrap();
+    assert_eq!(end(3).unwrap()[1], ternary);
+    assert_eq!(end(1 << 19).unwrap(), end(3).unwrap());
+    let error = end((1 << 19) + 1).unwrap_err();
+    assert!(error.to_string().contains("524288 white-space characters"), "{error}");
+}
+
+proptest! {
+    #[test]
+    fn no_change_of_bytes_makes_a_tokenizer_json_panic(
+        changes in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..4),
+        text in "[ab<>s/ \u{e9}]{0,20}",
+    ) {
+        let mut bytes = serde_json::to_vec(&tiny_file()).unwrap();
+        for (at, byte) in changes {
+            let at = at.index(bytes.len());
+            bytes[at] = byte;
+        }
+        if let Ok(tokenizer) = Tokenizer::from_json(&bytes, &TokenizerConfig::default())
+            && let Ok(ids) = tokenizer.encode(&text, true, Special::Recognised)
+        {
+            tokenizer.decode(&ids, false).unwrap();
+        }
     }
 }

@@ -12,9 +12,11 @@ use serde_json::Value;
 pub struct Prompt {
     /// Token ids.
     pub ids: Vec<u32>,
-    /// 32 greedy tokens after the prompt.
+    /// 32 greedy tokens after the prompt; none from an embedding model.
+    #[serde(default)]
     pub greedy: Vec<u32>,
     /// Best minus second-best logit at each of them.
+    #[serde(default)]
     pub greedy_margin: Vec<f32>,
     /// The second-best tokens.
     #[serde(default)]

@@ -61,6 +61,17 @@ fn describe(h: &Hyperparameters<'_>, notes: &mut Vec<String>) -> Result<ModelCon
         }
         return Ok(config);
     }
+    if h.json().and_then(|json| json.get("use_bidirectional_attention")) == Some(&Value::Bool(true))
+    {
+        return Err(h.error(
+            Key("use_bidirectional_attention", ""),
+            "is true: only causal attention is supported",
+        ));
+    }
+    const SOFT_CAP: Key = Key("attn_logit_softcapping", "");
+    if h.optional_float(SOFT_CAP)?.is_some() {
+        return Err(h.error(SOFT_CAP, "is set: soft-capped attention is not supported"));
+    }
     if let Some(scalar) = h.optional_size(Key("query_pre_attn_scalar", ""))? {
         config.attention_scale = inverse_root(scalar);
     }
@@ -68,32 +79,44 @@ fn describe(h: &Hyperparameters<'_>, notes: &mut Vec<String>) -> Result<ModelCon
     Ok(config)
 }
 
-/// Sets the window and the rotary base of the layers that `layer_types` calls sliding.
+/// Sets the window and the rotary base of the sliding layers: those that `layer_types` calls so or,
+/// in older files, all but every `sliding_window_pattern`-th. Defaults are those of
+/// `Gemma3TextConfig`, which a file need not repeat.
 fn windows(h: &Hyperparameters<'_>, config: &mut ModelConfig) -> Result<(), Error> {
     const TYPES: Key = Key("layer_types", "");
-    let Some(types) = h.json().and_then(|json| json.get("layer_types")).and_then(Value::as_array)
-    else {
-        return Ok(());
-    };
-    if types.len() != config.layers.len() {
-        return Err(h.error(
-            TYPES,
-            format!("has {} entries for {} layers", types.len(), config.layers.len()),
-        ));
-    }
-    for (layer, kind) in config.layers.iter_mut().zip(types) {
-        *layer = match kind.as_str() {
-            Some("full_attention") => LayerConfig { rope: 0, window: None },
-            Some("sliding_attention") => {
-                LayerConfig { rope: 1, window: Some(h.size(Key("sliding_window", ""))?) }
+    let window = h.optional_size(Key("sliding_window", ""))?.unwrap_or(4096);
+    let sliding = LayerConfig { rope: 1, window: Some(window) };
+    match h.json().and_then(|json| json.get("layer_types")).and_then(Value::as_array) {
+        None => {
+            let pattern = h.optional_size(Key("sliding_window_pattern", ""))?.unwrap_or(6);
+            for (index, layer) in config.layers.iter_mut().enumerate() {
+                if !(index + 1).is_multiple_of(pattern) {
+                    *layer = sliding;
+                }
             }
-            _ => {
-                return Err(h.error(
-                    TYPES,
-                    format!("holds {kind}: only full_attention and sliding_attention exist"),
-                ));
+        }
+        Some(types) if types.len() != config.layers.len() => {
+            return Err(h.error(
+                TYPES,
+                format!("has {} entries for {} layers", types.len(), config.layers.len()),
+            ));
+        }
+        Some(types) => {
+            for (layer, kind) in config.layers.iter_mut().zip(types) {
+                match kind.as_str() {
+                    Some("full_attention") => {}
+                    Some("sliding_attention") => *layer = sliding,
+                    _ => {
+                        return Err(h.error(
+                            TYPES,
+                            format!(
+                                "holds {kind}: only full_attention and sliding_attention exist"
+                            ),
+                        ));
+                    }
+                }
             }
-        };
+        }
     }
     let nested = h.json().and_then(|json| json.get("rope_parameters")?.get("sliding_attention"));
     config.ropes.push(match (nested, h.optional_float(Key("rope_local_base_freq", ""))?) {
@@ -102,4 +125,64 @@ fn windows(h: &Hyperparameters<'_>, config: &mut ModelConfig) -> Result<(), Erro
         (None, None) => LOCAL_ROPE,
     });
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use bitnet_core::Tensor;
+
+    use super::*;
+    use crate::formats::Tensors;
+
+    fn gemma(extra: &str) -> Result<ModelConfig, Error> {
+        let text = format!(
+            r#"{{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+                "num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+                "rope_theta": 1000000.0, "hidden_activation": "gelu_pytorch_tanh" {extra}}}"#
+        );
+        let config: Value = serde_json::from_str(&text).unwrap();
+        let path = Path::new("config.json");
+        let mut tensors = Tensors::default();
+        let name = "layers.0.self_attn.q_proj.norm.weight".to_owned();
+        tensors.insert(path, name, Ok(Tensor::from_f32(vec![1], &[1.0]))).unwrap();
+        describe(&Hyperparameters::from_json(path, &config, &tensors), &mut Vec::new())
+    }
+
+    #[test]
+    fn files_without_layer_types_have_a_full_layer_at_every_turn_of_the_pattern() {
+        let extra = r#", "sliding_window": 8, "sliding_window_pattern": 2"#;
+        let layers = gemma(extra).unwrap().layers;
+        let sliding = LayerConfig { rope: 1, window: Some(8) };
+        let full = LayerConfig { rope: 0, window: None };
+        assert_eq!(layers, [sliding, full, sliding, full]);
+        let by_default = LayerConfig { rope: 1, window: Some(4096) };
+        assert_eq!(gemma("").unwrap().layers, [by_default; 4]);
+    }
+
+    #[test]
+    fn newer_files_give_both_rotations_in_rope_parameters() {
+        let older = gemma(r#", "rope_local_base_freq": 20000.0"#).unwrap();
+        let newer = gemma(
+            r#", "rope_parameters": {
+                "full_attention": {"rope_type": "default", "rope_theta": 1000000.0},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 20000.0}}"#,
+        )
+        .unwrap();
+        assert_eq!(newer, older);
+        assert_eq!(older.ropes.iter().map(|r| r.theta).collect::<Vec<_>>(), [1e6, 2e4]);
+    }
+
+    #[test]
+    fn attention_that_is_not_plain_is_refused() {
+        for (extra, word) in [
+            (r#", "use_bidirectional_attention": true"#, "causal"),
+            (r#", "attn_logit_softcapping": 50.0"#, "soft-capped"),
+            (r#", "layer_types": ["full_attention"]"#, "1 entries for 4 layers"),
+        ] {
+            let error = gemma(extra).unwrap_err().to_string();
+            assert!(error.contains(word), "{extra}: {error}");
+        }
+    }
 }

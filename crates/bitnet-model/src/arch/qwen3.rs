@@ -3,6 +3,7 @@
 //! Query and key heads are normed one by one.
 
 use bitnet_core::backend::{Activation, ActivationPrecision};
+use serde_json::Value;
 
 use super::{Architecture, apply_quantization, decoder};
 use crate::config::{
@@ -20,6 +21,10 @@ pub(super) const ARCHITECTURE: Architecture = Architecture {
 fn describe(h: &Hyperparameters<'_>, _notes: &mut Vec<String>) -> Result<ModelConfig, Error> {
     let mut config = decoder(h, ARCHITECTURE.name, Activation::Silu)?;
     config.head_norms = true;
+    const WINDOW: Key = Key("use_sliding_window", "");
+    if h.json().and_then(|json| json.get(WINDOW.0)) == Some(&Value::Bool(true)) {
+        return Err(h.error(WINDOW, "is true: Qwen3 is supported without a window only"));
+    }
     embedding_backbone(h, &mut config)?;
     if config.projection_norm_eps.is_none() {
         if h.is_gguf() {
@@ -65,4 +70,27 @@ pub(super) fn embedding_backbone(
         }
     };
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::formats::Tensors;
+
+    #[test]
+    fn a_window_is_refused() {
+        for (windowed, refused) in [(false, false), (true, true)] {
+            let config = serde_json::json!({
+                "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "max_position_embeddings": 128, "rms_norm_eps": 1e-6,
+                "rope_theta": 1000000.0, "hidden_act": "silu", "use_sliding_window": windowed,
+            });
+            let tensors = Tensors::default();
+            let h = Hyperparameters::from_json(Path::new("config.json"), &config, &tensors);
+            let error = describe(&h, &mut Vec::new()).err().map(|error| error.to_string());
+            assert_eq!(error.is_some_and(|e| e.contains("use_sliding_window")), refused);
+        }
+    }
 }

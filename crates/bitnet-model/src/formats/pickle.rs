@@ -1,7 +1,7 @@
 //! `pytorch_model.bin`: a zip archive with a pickle (`data.pkl`) that describes the tensors, and
 //! one entry (`data/KEY`) of plain numbers per storage.
 //!
-//! A pickle is a program for a stack machine that can import and call anything. The [`Machine`]
+//! A pickle is a program for a stack machine that can import and call anything. The machine
 //! here knows only the instructions that a state dictionary needs, and of all importable names only
 //! those that make tensors; anything else is refused by name. It works on indices into flat lists:
 //! deep nesting and cycles cost no stack, and what it builds is counted against a budget.
@@ -892,6 +892,7 @@ mod tests {
             (b"\x80\x06}.".to_vec(), "protocol 6"),
             (b"t.".to_vec(), "mark that is not open"),
             (b"N(s.".to_vec(), "empty stack"),
+            (b"}NN(st.".to_vec(), "empty stack"),
             (b"}(Nu.".to_vec(), "key without a value"),
             (b"](u.".to_vec(), "not a dictionary"),
             (b"NNNs.".to_vec(), "container should be"),

@@ -1,6 +1,6 @@
 //! Text from ids as they come, never half a character.
 
-use super::{Tokenizer, TokenizerError};
+use super::{LeadingSpace, Tokenizer, TokenizerError};
 
 /// Turns a stream of ids into text. Joined, what [`push`](Self::push) and
 /// [`finish`](Self::finish) return is exactly what [`Tokenizer::decode`] makes of all ids at once.
@@ -11,8 +11,7 @@ use super::{Tokenizer, TokenizerError};
 #[derive(Debug, Clone)]
 pub struct Detokenizer {
     skip_special: bool,
-    /// Whether the next byte, if it is a space, was put there by the encoder.
-    strip_space: bool,
+    leading_space: LeadingSpace,
     /// Bytes that may still become a character.
     pending: Vec<u8>,
     /// What the last call returned; kept for its memory.
@@ -23,14 +22,19 @@ impl Detokenizer {
     /// For ids that begin a text: the space that SentencePiece vocabularies put before the first
     /// word is left out.
     pub fn from_start(tokenizer: &Tokenizer, skip_special: bool) -> Self {
-        let strip_space = tokenizer.strips_first_space;
-        Detokenizer { strip_space, ..Self::within(skip_special) }
+        let leading_space = tokenizer.leading_space;
+        Detokenizer { leading_space, ..Self::within(skip_special) }
     }
 
     /// For ids that continue a text, such as what a model writes after its prompt: a space that the
     /// first of them begins with belongs to the text.
     pub fn within(skip_special: bool) -> Self {
-        Detokenizer { skip_special, strip_space: false, pending: Vec::new(), text: String::new() }
+        Detokenizer {
+            skip_special,
+            leading_space: LeadingSpace::Kept,
+            pending: Vec::new(),
+            text: String::new(),
+        }
     }
 
     /// The text that is certain now that `id` has come; empty while a character is unfinished.
@@ -44,9 +48,11 @@ impl Detokenizer {
         if self.skip_special && tokenizer.is_special(id) {
             bytes = &[];
         }
-        if self.strip_space && !bytes.is_empty() {
+        if self.leading_space != LeadingSpace::Kept && !bytes.is_empty() {
             bytes = bytes.strip_prefix(b" ").unwrap_or(bytes);
-            self.strip_space = false;
+            if self.leading_space == LeadingSpace::Dropped || !bytes.is_empty() {
+                self.leading_space = LeadingSpace::Kept;
+            }
         }
         self.pending.extend_from_slice(bytes);
 

@@ -15,7 +15,7 @@ use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimi
 use super::byte_level::Spelling;
 use super::json::{Bpe, split_merge};
 use super::sentencepiece::{self, Algorithm, Description, Kind, Piece};
-use super::{Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
+use super::{LeadingSpace, Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
 use crate::error::Error;
 use crate::formats::gguf::Metadata;
 
@@ -246,7 +246,7 @@ fn byte_level(vocabulary: GgufVocabulary) -> Result<(Tokenizer, Vec<String>), To
             .collect(),
         bos: vocabulary.bos,
         eos: vocabulary.eos,
-        strips_first_space: false,
+        leading_space: LeadingSpace::Kept,
     })?;
     Ok((tokenizer, notes))
 }

@@ -13,7 +13,7 @@ use tokenizers::{AddedToken, ModelWrapper, NormalizerWrapper, PreTokenizerWrappe
 
 use super::byte_level::Spelling;
 use super::config::{TokenizerConfig, added_token};
-use super::{Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
+use super::{LeadingSpace, Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
 
 const NORMALIZERS: &[&str] =
     &["Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "Strip"];
@@ -179,7 +179,7 @@ impl Tokenizer {
             suffix: around.suffix,
             bos,
             eos,
-            strips_first_space: decoding.strips_first_space(),
+            leading_space: decoding.leading_space(),
         })
     }
 }
@@ -332,7 +332,7 @@ enum Decoding {
     /// One character per byte.
     ByteLevel(Box<Spelling>),
     /// `▁` is a space; with byte fallback, `<0x0A>` is that byte.
-    Metaspace { byte_fallback: bool, strips_first_space: bool },
+    Metaspace { byte_fallback: bool, leading_space: LeadingSpace },
 }
 
 impl Decoding {
@@ -348,7 +348,7 @@ impl Decoding {
             None => vec![entry],
         };
         let mut byte_fallback = false;
-        let mut strips_first_space = false;
+        let mut leading_space = LeadingSpace::Kept;
         for stage in &stages {
             match stage.get("type").and_then(Value::as_str) {
                 Some("ByteLevel") if stages.len() == 1 => {
@@ -363,16 +363,21 @@ impl Decoding {
                     if stage.get("content") == Some(&" ".into())
                         && stage.get("stop") == Some(&0.into()) =>
                 {
-                    strips_first_space = stage.get("start") == Some(&1.into());
+                    if stage.get("start") == Some(&1.into()) {
+                        leading_space = LeadingSpace::Dropped;
+                    }
                 }
                 Some("Metaspace") if stage.get("replacement") == Some(&"▁".into()) => {
-                    strips_first_space = stage.get("prepend_scheme") != Some(&"never".into())
-                        && stage.get("add_prefix_space") != Some(&false.into());
+                    if stage.get("prepend_scheme") != Some(&"never".into())
+                        && stage.get("add_prefix_space") != Some(&false.into())
+                    {
+                        leading_space = LeadingSpace::Dropped;
+                    }
                 }
                 kind => return Err(refused(kind.unwrap_or("of no type"))),
             }
         }
-        Ok(Decoding::Metaspace { byte_fallback, strips_first_space })
+        Ok(Decoding::Metaspace { byte_fallback, leading_space })
     }
 
     fn bytes_of(&self, token: &str) -> Vec<u8> {
@@ -385,8 +390,11 @@ impl Decoding {
         }
     }
 
-    fn strips_first_space(&self) -> bool {
-        matches!(self, Decoding::Metaspace { strips_first_space: true, .. })
+    fn leading_space(&self) -> LeadingSpace {
+        match self {
+            Decoding::ByteLevel(_) => LeadingSpace::Kept,
+            Decoding::Metaspace { leading_space, .. } => *leading_space,
+        }
     }
 }
 

@@ -5,7 +5,7 @@
 //! and SentencePiece's `tokenizer.model` ([`Tokenizer::from_sentencepiece`]).
 //!
 //! Encoding has two halves. Special tokens are cut out of the text first; what lies between them
-//! goes through a [`Segmentation`]. Decoding needs none of that: every id stands for fixed bytes,
+//! goes through a `Segmentation`. Decoding needs none of that: every id stands for fixed bytes,
 //! written down once when the tokenizer is built, so decoding a stream costs the same per token
 //! however long the text has grown.
 
@@ -31,6 +31,10 @@ use sentencepiece::SentencePiece;
 
 /// Ids at or above this are refused: tables are indexed by id, and no known vocabulary comes near.
 const MAX_VOCABULARY: usize = 1 << 24;
+
+/// Longest run of white space that word patterns are trusted with. The regex engine gives up after a
+/// million steps back, and the `tokenizers` crate then takes the rest of the text for one word.
+const MAX_WHITE_SPACE: usize = 1 << 19;
 
 /// Tokens that end a text or a turn wherever they occur as special tokens.
 const END_TOKENS: [&str; 9] = [
@@ -134,6 +138,17 @@ impl TokenBytes {
     }
 }
 
+/// What decoding does with the space that an encoder put before a text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum LeadingSpace {
+    /// It puts none there.
+    Kept,
+    /// The first token's is left out.
+    Dropped,
+    /// One is left out of every token until there is text.
+    DroppedUntilText,
+}
+
 /// The parts a reader hands over to make a [`Tokenizer`].
 struct Parts {
     segmentation: Segmentation,
@@ -146,8 +161,7 @@ struct Parts {
     suffix: Vec<u32>,
     bos: Option<u32>,
     eos: Option<u32>,
-    /// Whether a text's first token begins with a space that the encoder put there.
-    strips_first_space: bool,
+    leading_space: LeadingSpace,
 }
 
 /// A vocabulary with the rules to encode and decode by it.
@@ -162,7 +176,7 @@ pub struct Tokenizer {
     suffix: Vec<u32>,
     bos: Option<u32>,
     eos: Option<u32>,
-    strips_first_space: bool,
+    leading_space: LeadingSpace,
 }
 
 impl Tokenizer {
@@ -202,7 +216,7 @@ impl Tokenizer {
             suffix,
             bos,
             eos,
-            strips_first_space: parts.strips_first_space,
+            leading_space: parts.leading_space,
         };
         let named = tokenizer.prefix.iter().chain(&tokenizer.suffix).copied();
         for id in named.chain(bos).chain(eos) {
@@ -215,7 +229,8 @@ impl Tokenizer {
     /// there too: for most models the begin token, for embedding models also an end token.
     ///
     /// # Errors
-    /// Only a vocabulary without an unknown token can fail to express a text.
+    /// A vocabulary without an unknown token may be unable to express the text; half a million
+    /// white-space characters in a row are refused.
     pub fn encode(
         &self,
         text: &str,
@@ -244,6 +259,11 @@ impl Tokenizer {
         let pieces = match &self.segmentation {
             Segmentation::Pipeline(pipeline) => {
                 let Pipeline { normalizer, pre_tokenizer, model } = &**pipeline;
+                if longest_white_space(text) > MAX_WHITE_SPACE {
+                    return Err(TokenizerError::Text(format!(
+                        "it has more than {MAX_WHITE_SPACE} white-space characters in a row"
+                    )));
+                }
                 let mut pieces = added.extract_and_normalize(normalizer.as_ref(), text);
                 if let Some(pre_tokenizer) = pre_tokenizer {
                     pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
@@ -359,6 +379,17 @@ pub fn token_ids_in_json(entry: Option<&serde_json::Value>) -> Result<Vec<u32>, 
             entry.expect("absence is accepted above")
         ))
     })
+}
+
+/// Characters in the longest run of white space, or 0 in a text too short to matter.
+fn longest_white_space(text: &str) -> usize {
+    if text.len() <= MAX_WHITE_SPACE {
+        return 0;
+    }
+    let runs = text.split(|character: char| !character.is_whitespace());
+    // Characters have at least one byte: only long runs need counting.
+    let long = runs.filter(|run| run.len() > MAX_WHITE_SPACE);
+    long.map(|run| run.chars().count()).max().unwrap_or(0)
 }
 
 /// Hands the added tokens to the `tokenizers` crate. It takes their ids from a model, so it gets one

@@ -15,7 +15,7 @@ use tokenizers::AddedToken;
 
 use self::charsmap::CharsMap;
 use super::json::byte_of_name;
-use super::{Parts, Segmentation, Tokenizer, TokenizerConfig, TokenizerError};
+use super::{LeadingSpace, Parts, Segmentation, Tokenizer, TokenizerConfig, TokenizerError};
 
 /// How SentencePiece writes a space.
 const SPACE: &str = "▁";
@@ -147,7 +147,11 @@ pub(super) fn tokenizer(
         };
         bytes.insert(id, spelled.unwrap_or_else(|| piece.text.replace(SPACE, " ").into_bytes()));
     }
-    let strips_first_space = description.add_dummy_prefix || description.remove_extra_whitespaces;
+    let leading_space = match (description.remove_extra_whitespaces, description.add_dummy_prefix) {
+        (true, _) => LeadingSpace::DroppedUntilText,
+        (false, true) => LeadingSpace::Dropped,
+        (false, false) => LeadingSpace::Kept,
+    };
     Tokenizer::new(Parts {
         segmentation: Segmentation::SentencePiece(Box::new(SentencePiece::new(description)?)),
         added,
@@ -156,7 +160,7 @@ pub(super) fn tokenizer(
         suffix: suffix.into_iter().collect(),
         bos,
         eos,
-        strips_first_space,
+        leading_space,
     })
 }
 
@@ -165,7 +169,7 @@ impl SentencePiece {
         let mut ids = HashMap::with_capacity(description.pieces.len());
         let mut byte_ids = vec![None; 256];
         let mut unknown = None;
-        let (mut worst_score, mut best_score) = (f32::INFINITY, f32::NEG_INFINITY);
+        let (mut worst_score, mut best_score) = (f32::MAX, f32::MIN_POSITIVE);
         for (id, piece) in (0u32..).zip(&description.pieces) {
             if piece.text.is_empty() || !piece.score.is_finite() {
                 return Err(TokenizerError::vocabulary(format!(
@@ -409,11 +413,11 @@ impl SentencePiece {
         for (start, character) in text.char_indices() {
             let so_far = best[start].map_or(0.0, |node| node.score);
             let width = character.len_utf8();
-            let mut improve = |length: usize, id: Option<u32>, score: f64| {
-                let candidate = score + f64::from(so_far);
+            let mut improve = |length: usize, id: Option<u32>, score: f32| {
+                let score = score + so_far;
                 let target = &mut best[start + length];
-                if target.is_none_or(|node| candidate > f64::from(node.score)) {
-                    *target = Some(Node { start, id, score: candidate as f32 });
+                if target.is_none_or(|node| score > node.score) {
+                    *target = Some(Node { start, id, score });
                 }
             };
             let mut covered = false;
@@ -422,14 +426,14 @@ impl SentencePiece {
                 let score = match piece.kind {
                     Kind::Unused => return,
                     // Better than any other way to cover the same bytes.
-                    Kind::UserDefined => f64::from(length as f32 * self.best_score) - 0.1,
-                    _ => f64::from(piece.score),
+                    Kind::UserDefined => length as f32 * self.best_score - 0.1,
+                    _ => piece.score,
                 };
                 improve(length, Some(id), score);
                 covered |= length == width;
             });
             if !covered {
-                improve(width, None, f64::from(self.unknown_score));
+                improve(width, None, self.unknown_score);
             }
         }
         let mut segments = Vec::new();

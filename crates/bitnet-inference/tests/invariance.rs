@@ -1,0 +1,206 @@
+//! The same bits whatever the instruction set, the number of threads, the chunking of the prompt
+//! and the other sequences of the batch.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use bitnet_core::backend::{Backend, KvType, Span};
+use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
+use bitnet_inference::{Model, ModelOptions, SessionOptions};
+use bitnet_model::decoder::{Decoder, Step};
+use bitnet_model::source;
+use bitnet_model::weights::{self, LoadOptions};
+use bitnet_testing::golden::GoldenModel;
+use bitnet_testing::{golden, shared_data, tiny_model};
+
+/// Every golden model with its longest prompt.
+fn models() -> Vec<(PathBuf, Vec<u32>)> {
+    let mut found = Vec::new();
+    for name in [
+        "bitnet-bf16",
+        "bitnet-packed",
+        "bitnet-packed-bitlinear",
+        "llama-1.58-packed",
+        "llama-1.58-rmsnorm",
+        "bitnet-odd",
+        "bitnet-sharded",
+        "bitnet-1bitllm",
+        "tiny-trained",
+        "gguf/bitnet-packed-TQ2_0.gguf",
+        "trilm",
+        "llama3-rope",
+        "bonsai",
+        "bitnet-1bitllm-odd",
+        "gguf/trilm-TQ1_0.gguf",
+    ] {
+        let Some(path) = golden(name) else { continue };
+        found.push((path.clone(), GoldenModel::read(&path).prompts[3].ids.clone()));
+    }
+    for name in ["gguf/tiny-trained-TQ2_0.gguf", "gguf/tiny-trained-I2_S.gguf"] {
+        let Some(path) = shared_data(name) else { continue };
+        found.push((path.clone(), GoldenModel::read(&path).prompts[3].ids.clone()));
+    }
+    if let Some(directory) = golden("tiny") {
+        let golden = GoldenModel::read_from(&tiny_model(), &directory.join("golden"));
+        found.push((tiny_model(), golden.prompts[3].ids.clone()));
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+fn open(path: &std::path::Path, isa: Isa, threads: usize) -> Model {
+    let options =
+        ModelOptions { isa: Some(isa), threads: Some(threads), ..ModelOptions::default() };
+    Model::open(path.to_str().unwrap(), &options).unwrap()
+}
+
+/// Bits of the logits of every position, the prompt cut into chunks.
+fn logits(model: &Model, ids: &[u32], chunk: usize, kv_type: KvType) -> Vec<u32> {
+    let mut bits = Vec::new();
+    let mut session = model.session(SessionOptions { kv_type, chunk }).unwrap();
+    session.feed_showing_all(ids, |row| bits.extend(row.iter().map(|v| v.to_bits()))).unwrap();
+    bits
+}
+
+#[test]
+fn logits_do_not_depend_on_instruction_set_threads_or_chunks() {
+    let best = *Isa::detected().last().unwrap();
+    for isa in Isa::ALL {
+        if !Isa::detected().contains(&isa) {
+            println!("skipped: this CPU has no {isa}");
+        }
+    }
+    for (path, ids) in models() {
+        let model = open(&path, best, 1);
+        let expected = logits(&model, &ids, ids.len(), KvType::F32);
+        for chunk in [1, 7, 64] {
+            let same = logits(&model, &ids, chunk, KvType::F32) == expected;
+            assert!(same, "{} in chunks of {chunk}", path.display());
+        }
+        for isa in Isa::detected() {
+            for threads in [1, 2] {
+                let model = open(&path, isa, threads);
+                let same = logits(&model, &ids, 64, KvType::F32) == expected;
+                assert!(same, "{} with {isa} and {threads} threads", path.display());
+            }
+        }
+    }
+}
+
+/// SHA-256 of the logits' bits of every position of the longest prompt, little-endian, as x86-64
+/// computes them. Any CPU must get the same ones.
+const DIGESTS: [(&str, &str); 4] = [
+    ("tiny", "2172f5d011a4ffd496dc67f633903a7c302df0af742429aeb50462566070b8b3"),
+    ("llama-1.58-packed", "35d9af045c698a8ced73c4cc476c4d3d6e33f1f508df995c0821acea7d6f9ee9"),
+    ("bitnet-1bitllm", "5925372c426aa33df66356ed75f5f6201a93a08d5c28016e3e32230a764fb00b"),
+    (
+        "bitnet-packed-TQ2_0.gguf",
+        "bc285a4a75a229eb125914ef60df4e54e5c789fa0fbf62b62437c18ad0d74f98",
+    ),
+];
+
+#[test]
+fn logits_have_the_same_bits_on_every_kind_of_cpu() {
+    use sha2::{Digest, Sha256};
+    let models = models();
+    for (name, expected) in DIGESTS {
+        let found = models.iter().find(|(path, _)| path.ends_with(name));
+        let (path, ids) = found.expect("these models are in this repository");
+        let model = open(path, *Isa::detected().last().unwrap(), 2);
+        let mut digest = Sha256::new();
+        for bits in logits(&model, ids, 64, KvType::F32) {
+            digest.update(bits.to_le_bytes());
+        }
+        let hex: String = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(hex, expected, "{name}");
+    }
+}
+
+#[test]
+fn coarser_keys_and_values_are_the_same_everywhere_too() {
+    for (path, ids) in models().into_iter().take(3) {
+        for kv_type in [KvType::F16, KvType::Int8] {
+            let expected = logits(&open(&path, Isa::Scalar, 1), &ids, 64, kv_type);
+            for isa in Isa::detected() {
+                let same = logits(&open(&path, isa, 2), &ids, 7, kv_type) == expected;
+                assert!(same, "{} with {isa} and {kv_type:?}", path.display());
+            }
+        }
+    }
+}
+
+/// A sequence on its way through the batch.
+struct Sequence {
+    ids: Vec<u32>,
+    blocks: Vec<u32>,
+    read: usize,
+    bits: Vec<u32>,
+}
+
+#[test]
+fn a_sequence_gives_the_same_bits_alone_and_in_a_batch_of_eight_others() {
+    const BLOCK_TOKENS: usize = 16;
+    for (path, ids) in models() {
+        let model = open(&path, *Isa::detected().last().unwrap(), 2);
+        let decoder = load(&path);
+        // Nine sequences: the prompt from different tokens on, in different lengths, their blocks
+        // scattered over the store, read in different chunks at different positions.
+        let mut sequences: Vec<Sequence> = (0..9)
+            .map(|i| {
+                let mut ids = ids.clone();
+                ids.rotate_left(i * 5);
+                ids.truncate(130 - i * 11);
+                let count = ids.len().div_ceil(BLOCK_TOKENS) as u32;
+                let blocks = (0..count).rev().map(|b| b * 9 + i as u32).collect();
+                Sequence { ids, blocks, read: 0, bits: Vec::new() }
+            })
+            .collect();
+        let blocks = 1 + *sequences.iter().flat_map(|s| &s.blocks).max().unwrap() as usize;
+        let layout = decoder.kv_layout(KvType::F32, BLOCK_TOKENS);
+        let mut kv = decoder.backend().kv_allocate(layout, blocks).unwrap();
+        let mut workspace = decoder.workspace(256, 256).unwrap();
+        let mut step_number = 0;
+        while sequences.iter().any(|s| s.read < s.ids.len()) {
+            let mut tokens = Vec::new();
+            let mut spans = Vec::new();
+            let mut chunks = Vec::new();
+            for (i, s) in sequences.iter().enumerate() {
+                let chunk = (1 + (i * 7 + step_number * 3) % 24).min(s.ids.len() - s.read);
+                let rows = tokens.len()..tokens.len() + chunk;
+                tokens.extend(&s.ids[s.read..s.read + chunk]);
+                if chunk > 0 {
+                    spans.push(Span { rows, position: s.read, blocks: &s.blocks });
+                }
+                chunks.push(chunk);
+            }
+            decoder.forward(&Step { tokens: &tokens, spans: &spans }, &mut kv, &mut workspace);
+            let picks: Vec<usize> = (0..tokens.len()).collect();
+            let mut values = Vec::new();
+            decoder.logits(&mut workspace, &picks, &mut values).unwrap();
+            let mut rows = values.chunks_exact(decoder.vocab_size());
+            drop(spans);
+            for (s, chunk) in sequences.iter_mut().zip(chunks) {
+                s.read += chunk;
+                for row in rows.by_ref().take(chunk) {
+                    s.bits.extend(row.iter().map(|v| v.to_bits()));
+                }
+            }
+            step_number += 1;
+        }
+        for (i, s) in sequences.iter().enumerate() {
+            let alone = logits(&model, &s.ids, s.ids.len(), KvType::F32);
+            assert!(s.bits == alone, "{} sequence {i}", path.display());
+        }
+    }
+}
+
+fn load(path: &std::path::Path) -> Arc<Decoder<CpuBackend>> {
+    let checkpoint = source::open(path.to_str().unwrap()).unwrap();
+    let backend = CpuBackend::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
+    let config = &checkpoint.description.config;
+    let options = LoadOptions::default();
+    let mut notes = Vec::new();
+    Arc::new(
+        weights::load(backend, path, config, &checkpoint.tensors, options, &mut notes).unwrap(),
+    )
+}
