@@ -11,6 +11,6 @@ pub mod stop;
 
 pub use error::Error;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
-pub use model::{Model, ModelOptions};
+pub use model::{Model, ModelOptions, device_reason};
 pub use sampler::SamplingParams;
 pub use session::{Session, SessionOptions};

@@ -26,6 +26,14 @@ pub struct ModelOptions {
     pub load: LoadOptions,
 }
 
+/// Why a device cannot be used; `None` if it can.
+pub fn device_reason(device: Device) -> Option<String> {
+    match device {
+        Device::Cpu => None,
+        _ => Some("this program is built without it; use the cpu".to_owned()),
+    }
+}
+
 /// A loaded model. Cheap to share: sessions keep the weights alive.
 pub struct Model {
     description: Description,
@@ -37,8 +45,7 @@ impl Model {
     pub fn open(model: &str, options: &ModelOptions) -> Result<Self, Error> {
         let checkpoint = source::open(model)?;
         let device = options.device.unwrap_or(Device::Cpu);
-        if device != Device::Cpu {
-            let reason = "this program is built without it; use --device cpu".to_owned();
+        if let Some(reason) = device_reason(device) {
             return Err(CoreError::DeviceUnavailable { device, reason }.into());
         }
         let isa = match options.isa {

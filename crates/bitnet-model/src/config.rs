@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use bitnet_core::backend::{Activation, ActivationPrecision};
+use bitnet_core::backend::{Activation, ActivationPrecision, KvLayout, KvType};
 use bitnet_core::numerics::rope_inverse_frequencies;
 use serde_json::Value;
 
@@ -65,6 +65,19 @@ pub struct ModelConfig {
     pub names: TensorNames,
     /// How an embedding model makes one vector of a text; `None` for text generators.
     pub pooling: Option<Pooling>,
+}
+
+impl ModelConfig {
+    /// Layout of a KV store for this model.
+    pub fn kv_layout(&self, kv_type: KvType, block_tokens: usize) -> KvLayout {
+        KvLayout {
+            layers: self.layers.len(),
+            kv_heads: self.kv_heads,
+            head_size: self.head_size,
+            block_tokens,
+            kv_type,
+        }
+    }
 }
 
 /// How linear layers take their input.

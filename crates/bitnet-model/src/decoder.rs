@@ -102,13 +102,7 @@ impl<B: Backend> Decoder<B> {
 
     /// Layout of a KV store for this model.
     pub fn kv_layout(&self, kv_type: KvType, block_tokens: usize) -> KvLayout {
-        KvLayout {
-            layers: self.config.layers.len(),
-            kv_heads: self.config.kv_heads,
-            head_size: self.config.head_size,
-            block_tokens,
-            kv_type,
-        }
+        self.config.kv_layout(kv_type, block_tokens)
     }
 
     /// Buffers for steps of up to `rows` tokens and `picks` rows of logits.

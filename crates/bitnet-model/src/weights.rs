@@ -3,7 +3,7 @@
 //! One matrix at a time per thread passes through the neutral form
 //! ([`TernaryMatrix`]), so loading needs little memory besides what the backend keeps.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Mutex;
 
@@ -43,29 +43,13 @@ pub fn load<B: Backend>(
     let loader = Loader { path, config, tensors, options, used: Mutex::default() };
     let precision = loader.precision(notes)?;
 
-    let embedding = loader.table(config.names.embedding)?;
-    let vocab_size = embedding.rows();
-    if let Some(stated) = config.vocab_size
-        && stated != vocab_size
+    let Tables { embedding, head } = loader.tables()?;
+    for (name, table) in
+        [(config.names.embedding, Some(&embedding)), (config.names.head, head.as_ref())]
     {
-        let name = loader.top_level(config.names.embedding);
-        return Err(loader.error(
-            &name,
-            format!("has {vocab_size} rows but the configuration says {stated} tokens"),
-        ));
-    }
-    let head_name = loader.top_level(config.names.head);
-    let head = match tensors.contains(&head_name) {
-        true => Some(loader.table(config.names.head)?),
-        false => None,
-    };
-    if let Some(head) = &head
-        && head.rows() != vocab_size
-    {
-        return Err(loader.error(
-            &head_name,
-            format!("has {} rows but the embedding has {vocab_size}", head.rows()),
-        ));
+        if let Some(table) = table {
+            loader.check_finite(&loader.top_level(name), table)?;
+        }
     }
     let final_norm = loader.norm(
         &backend,
@@ -91,7 +75,7 @@ pub fn load<B: Backend>(
     let inverse_frequencies =
         config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
     Ok(Decoder {
-        vocab_size,
+        vocab_size: embedding.rows(),
         embedding: backend.load_table(&embedding)?,
         head: head.map(|head| backend.load_table(&head)).transpose()?,
         final_norm,
@@ -109,6 +93,45 @@ pub fn packed_bytes(config: &ModelConfig) -> u64 {
     let kv = c(config.kv_heads) * c(config.head_size);
     let layer = hidden * (2 * attention + 2 * kv) + 3 * hidden * c(config.intermediate_size);
     u64::try_from(layer * c(config.layers.len()) / 4).unwrap_or(u64::MAX)
+}
+
+/// The embedding and, where it is not the embedding itself, the output head.
+pub struct Tables {
+    /// `[vocabulary, hidden]`.
+    pub embedding: Tensor,
+    /// `[vocabulary, hidden]`.
+    pub head: Option<Tensor>,
+}
+
+/// The embedding and head of a checkpoint, as they are stored.
+pub fn tables(path: &Path, config: &ModelConfig, tensors: &Tensors) -> Result<Tables, Error> {
+    let options = LoadOptions::default();
+    Loader { path, config, tensors, options, used: Mutex::default() }.tables()
+}
+
+/// How many of the linear layers are stored in which element type.
+pub fn linear_types(
+    path: &Path,
+    config: &ModelConfig,
+    tensors: &Tensors,
+) -> BTreeMap<String, usize> {
+    let options = LoadOptions::default();
+    let loader = Loader { path, config, tensors, options, used: Mutex::default() };
+    let n = &config.names;
+    let mut types = BTreeMap::new();
+    for layer in 0..config.layers.len() {
+        for name in [n.q, n.k, n.v, n.o, n.gate, n.up, n.down] {
+            let weight = format!("{}.weight", loader.module(layer, name));
+            let dtype = match tensors.get(&weight) {
+                Ok(Some(tensor)) if tensor.dtype() == DType::U8 => "packed 2-bit".to_owned(),
+                Ok(Some(tensor)) => tensor.dtype().to_string(),
+                Ok(None) => "missing".to_owned(),
+                Err(_) => "unreadable".to_owned(),
+            };
+            *types.entry(dtype).or_default() += 1;
+        }
+    }
+    types
 }
 
 /// One ternary matrix `[rows, cols]` of a checkpoint by its module's full name
@@ -193,8 +216,32 @@ impl Loader<'_> {
                 ),
             ));
         }
-        self.check_finite(&name, tensor)?;
         Ok(tensor.clone())
+    }
+
+    fn tables(&self) -> Result<Tables, Error> {
+        let names = &self.config.names;
+        let embedding = self.table(names.embedding)?;
+        if let Some(stated) = self.config.vocab_size
+            && stated != embedding.rows()
+        {
+            return Err(self.error(
+                &self.top_level(names.embedding),
+                format!("has {} rows but the configuration says {stated} tokens", embedding.rows()),
+            ));
+        }
+        let head_name = self.top_level(names.head);
+        if !self.tensors.contains(&head_name) {
+            return Ok(Tables { embedding, head: None });
+        }
+        let head = self.table(names.head)?;
+        if head.rows() != embedding.rows() {
+            return Err(self.error(
+                &head_name,
+                format!("has {} rows but the embedding has {}", head.rows(), embedding.rows()),
+            ));
+        }
+        Ok(Tables { embedding, head: Some(head) })
     }
 
     /// Zero times a weight must be zero, which takes finite weights.

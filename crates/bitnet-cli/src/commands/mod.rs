@@ -1,0 +1,147 @@
+//! The commands, one file each: from what was typed to what is printed.
+
+mod detokenize;
+mod devices;
+mod doctor;
+mod embed;
+mod info;
+mod logits;
+mod run;
+mod tokenize;
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::path::Path;
+
+use anyhow::{Result, bail};
+use bitnet_core::Device;
+use bitnet_core::backend::{ActivationPrecision, KvType};
+use bitnet_inference::{Model, ModelOptions, SessionOptions};
+use bitnet_model::chat::ChatTemplate;
+use bitnet_model::source::Description;
+use bitnet_model::weights::LoadOptions;
+use bitnet_quant::packing::i2_s::I2sLayout;
+
+use crate::args::{
+    ActivationsChoice, Command, DeviceChoice, I2sLayoutChoice, KvTypeChoice, ModelArgs,
+};
+use crate::output::Messages;
+
+/// The flags are wrong in a way that only their meaning shows.
+#[derive(Debug)]
+pub struct WrongUsage(String);
+
+impl std::fmt::Display for WrongUsage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for WrongUsage {}
+
+/// Runs one command.
+pub fn run(command: Command, messages: &Messages) -> Result<()> {
+    match command {
+        Command::Run(args) => run::run(args, messages),
+        Command::Logits(args) => logits::run(args, messages),
+        Command::Tokenize(args) => tokenize::run(args, messages),
+        Command::Detokenize(args) => detokenize::run(args, messages),
+        Command::Embed(args) => embed::run(args, messages),
+        Command::Info(args) => info::run(args, messages),
+        Command::Devices(args) => devices::run(args),
+        Command::Doctor(args) => doctor::run(args, messages),
+    }
+}
+
+/// Loads a model to run it.
+fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
+    let device = match args.device {
+        DeviceChoice::Auto => None,
+        DeviceChoice::Cpu => Some(Device::Cpu),
+        DeviceChoice::Gpu => Some(Device::Gpu),
+        DeviceChoice::Mlx => Some(Device::Mlx),
+    };
+    let i2s_layout = match args.i2s_layout {
+        I2sLayoutChoice::X86 => I2sLayout::X86,
+        I2sLayoutChoice::Arm => I2sLayout::Arm,
+        I2sLayoutChoice::X86Rows => I2sLayout::X86Rows,
+    };
+    let precision = args.activations.map(|activations| match activations {
+        ActivationsChoice::Int8 => ActivationPrecision::Int8,
+        ActivationsChoice::F32 => ActivationPrecision::F32,
+    });
+    let load = LoadOptions { i2s_layout, precision };
+    let options = ModelOptions { device, threads: args.threads, isa: None, load };
+    let model = Model::open(&args.name.model, &options)?;
+    show_notes(model.description(), messages);
+    Ok(model)
+}
+
+/// Loads a model that is to write text.
+fn load_generator(args: &ModelArgs, messages: &Messages) -> Result<Model> {
+    let model = load(args, messages)?;
+    if model.config().pooling.is_some() {
+        bail!(
+            "{} makes embeddings and does not write text: use `bitnet embed`, or choose another \
+             model",
+            args.name.model
+        );
+    }
+    Ok(model)
+}
+
+/// The model's chat template, or why it cannot chat.
+fn template(description: &Description) -> Result<&ChatTemplate> {
+    match &description.template {
+        Some(template) => Ok(template),
+        None => bail!(
+            "{}: a base model without a chat template, which continues texts: leave out --chat",
+            description.path.display()
+        ),
+    }
+}
+
+fn show_notes(description: &Description, messages: &Messages) {
+    description.notes.iter().for_each(|note| messages.note(note));
+}
+
+fn session_options(args: &ModelArgs) -> SessionOptions {
+    let kv_type = match args.kv_type {
+        KvTypeChoice::F32 => KvType::F32,
+        KvTypeChoice::F16 => KvType::F16,
+        KvTypeChoice::Int8 => KvType::Int8,
+    };
+    SessionOptions { kv_type, ..SessionOptions::default() }
+}
+
+/// Far more than any context holds; a device file or a wrong path must not fill the memory.
+const MAX_TEXT_BYTES: u64 = 64 << 20;
+
+/// The text of a file, or of stdin for `-`.
+fn read_text(path: &Path) -> Result<String> {
+    let (name, source): (String, Box<dyn Read>) = match path.as_os_str() == "-" {
+        true => ("stdin".to_owned(), Box::new(io::stdin().lock())),
+        false => {
+            let name = path.display().to_string();
+            match File::open(path) {
+                Ok(file) => (name, Box::new(file)),
+                Err(error) => bail!("{name}: cannot be read: {error}"),
+            }
+        }
+    };
+    let mut bytes = Vec::new();
+    if let Err(error) = source.take(MAX_TEXT_BYTES + 1).read_to_end(&mut bytes) {
+        bail!("{name}: cannot be read: {error}");
+    }
+    if bytes.len() as u64 > MAX_TEXT_BYTES {
+        bail!("{name}: is longer than {} MiB: give a shorter text", MAX_TEXT_BYTES >> 20);
+    }
+    match String::from_utf8(bytes) {
+        Ok(text) => Ok(text),
+        Err(error) => bail!(
+            "{name}: is not UTF-8 text: the byte at offset {} belongs to no character; save it as \
+             UTF-8",
+            error.utf8_error().valid_up_to()
+        ),
+    }
+}

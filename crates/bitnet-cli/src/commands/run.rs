@@ -1,0 +1,226 @@
+//! `bitnet run`: a prompt and its continuation.
+
+use std::collections::BTreeSet;
+use std::ops::ControlFlow;
+
+use anyhow::{Result, bail};
+use bitnet_inference::{GenerateOptions, Generation, Model, SamplingParams, generate};
+use bitnet_model::chat::Message;
+use bitnet_model::tokenizer::Special;
+use serde_json::{Value, json};
+
+use super::WrongUsage;
+use crate::args::{RunArgs, SamplingArgs};
+use crate::output::{self, Messages};
+
+/// What is to be continued.
+enum Prompt {
+    /// Text as it is.
+    Raw(String),
+    /// The user's message, after a system message.
+    Chat { system: Option<String>, user: String },
+    /// Token ids as they are.
+    Tokens(Vec<u32>),
+}
+
+pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
+    let sampling = sampling_params(&args.sampling)?;
+    let prompt = prompt(&args)?;
+    let model = super::load_generator(&args.model, messages)?;
+    if let Some((id, _)) =
+        args.sampling.logit_bias.iter().find(|(id, _)| *id as usize >= model.vocab_size())
+    {
+        bail!(
+            "--logit-bias: token id {id} does not exist: the model has {} tokens",
+            model.vocab_size()
+        );
+    }
+    let prompt_tokens = encode(&prompt, &model)?;
+    let end_ids = match args.ignore_eos {
+        true => BTreeSet::new(),
+        false => model.description().end_ids.clone(),
+    };
+    let options =
+        GenerateOptions { sampling, max_tokens: args.max_tokens, stop: args.stop, end_ids };
+
+    let mut session = model.session(super::session_options(&args.model))?;
+    // Printed with the first text after it: a prompt that the model refuses is not half a result.
+    let mut pending = match &prompt {
+        Prompt::Raw(text) => text.as_str(),
+        _ => "",
+    };
+    let mut written = Ok(());
+    let mut write = |text: &str| {
+        written = output::piece(std::mem::take(&mut pending)).and_then(|()| output::piece(text));
+        match written {
+            Ok(()) => ControlFlow::Continue(()),
+            Err(_) => ControlFlow::Break(()),
+        }
+    };
+    let tokenizer = model.tokenizer();
+    let generation = if args.json {
+        generate(&mut session, tokenizer, &prompt_tokens, &options, |_| ControlFlow::Continue(()))?
+    } else {
+        let generation = generate(&mut session, tokenizer, &prompt_tokens, &options, &mut write)?;
+        let _ = write("");
+        written?;
+        output::end_of_text()?;
+        generation
+    };
+    let timing = Timing::of(&generation, prompt_tokens.len(), session.length());
+    if args.json {
+        output::json(&result(&prompt_tokens, &generation, &timing))?;
+    }
+    messages.summary(&timing.sentence(prompt_tokens.len(), generation.tokens.len()));
+    Ok(())
+}
+
+fn prompt(args: &RunArgs) -> Result<Prompt> {
+    if let Some(tokens) = &args.tokens {
+        return Ok(Prompt::Tokens(tokens.clone()));
+    }
+    let text = match (&args.prompt, &args.file) {
+        (Some(text), _) => text.clone(),
+        (None, Some(path)) => super::read_text(path)?,
+        (None, None) => {
+            return Err(WrongUsage(
+                "there is no prompt: give a text, --file FILE (- is stdin) or --tokens IDS".into(),
+            )
+            .into());
+        }
+    };
+    Ok(match args.chat {
+        true => Prompt::Chat { system: args.system.clone(), user: text },
+        false => Prompt::Raw(text),
+    })
+}
+
+fn sampling_params(args: &SamplingArgs) -> Result<SamplingParams> {
+    let sampling = SamplingParams {
+        logit_bias: args.logit_bias.clone(),
+        repetition_penalty: args.repeat_penalty,
+        presence_penalty: args.presence_penalty,
+        frequency_penalty: args.frequency_penalty,
+        repeat_last_n: None,
+        top_k: args.top_k,
+        temperature: args.temperature,
+        top_p: args.top_p,
+        min_p: args.min_p,
+        typical_p: args.typical,
+        seed: args.seed,
+        logprobs: args.logprobs,
+    };
+    sampling.validate().map_err(|error| WrongUsage(error.to_string()))?;
+    Ok(sampling)
+}
+
+fn encode(prompt: &Prompt, model: &Model) -> Result<Vec<u32>> {
+    let tokenizer = model.tokenizer();
+    match prompt {
+        Prompt::Raw(text) => Ok(tokenizer.encode(text, true, Special::Recognised)?),
+        Prompt::Tokens(tokens) => Ok(tokens.clone()),
+        Prompt::Chat { system, user } => {
+            let template = super::template(model.description())?;
+            let system = system.iter().map(|text| Message::new("system", text));
+            let conversation: Vec<Message> = system.chain([Message::new("user", user)]).collect();
+            let (_, ids) = template.encode(tokenizer, &conversation, true)?;
+            Ok(ids)
+        }
+    }
+}
+
+/// How long the two parts of a generation took.
+struct Timing {
+    prompt_ms: f64,
+    decode_ms: f64,
+    prompt_tokens_per_s: Option<f64>,
+    /// Of the tokens that were read back to get the next one; the first token comes with the prompt.
+    decode_tokens_per_s: Option<f64>,
+}
+
+impl Timing {
+    fn of(generation: &Generation, prompt_tokens: usize, tokens_read: usize) -> Self {
+        let rate = |tokens: usize, seconds: f64| {
+            (tokens > 0 && seconds > 0.0).then(|| tokens as f64 / seconds)
+        };
+        let prompt_s = generation.prompt_time.as_secs_f64();
+        let decode_s = generation.decode_time.as_secs_f64();
+        Timing {
+            prompt_ms: 1e3 * prompt_s,
+            decode_ms: 1e3 * decode_s,
+            prompt_tokens_per_s: rate(prompt_tokens, prompt_s),
+            decode_tokens_per_s: rate(tokens_read - prompt_tokens, decode_s),
+        }
+    }
+
+    fn sentence(&self, prompt_tokens: usize, tokens: usize) -> String {
+        let part = |count: usize, what: &str, ms: f64, rate: Option<f64>| {
+            let plural = if count == 1 { "" } else { "s" };
+            let rate = rate.map(|rate| format!(" ({} tokens/s)", three_digits(rate)));
+            format!("{count} {what}{plural} in {}{}", duration(ms), rate.unwrap_or_default())
+        };
+        format!(
+            "{}, {}",
+            part(prompt_tokens, "prompt token", self.prompt_ms, self.prompt_tokens_per_s),
+            part(tokens, "token", self.decode_ms, self.decode_tokens_per_s),
+        )
+    }
+}
+
+/// A positive number for people: three digits, or all of the whole part.
+fn three_digits(value: f64) -> String {
+    let decimals = match value {
+        v if v < 9.995 => 2,
+        v if v < 99.95 => 1,
+        _ => 0,
+    };
+    format!("{value:.decimals$}")
+}
+
+fn duration(ms: f64) -> String {
+    if ms < 999.5 {
+        format!("{} ms", three_digits(ms))
+    } else {
+        format!("{} s", three_digits(ms / 1e3))
+    }
+}
+
+fn result(prompt_tokens: &[u32], generation: &Generation, timing: &Timing) -> Value {
+    let mut result = json!({
+        "prompt_tokens": prompt_tokens,
+        "tokens": generation.tokens,
+        "text": generation.text,
+        "finish_reason": generation.finish_reason.as_str(),
+        "timing": {
+            "prompt_ms": timing.prompt_ms,
+            "decode_ms": timing.decode_ms,
+            "prompt_tokens_per_s": timing.prompt_tokens_per_s,
+            "decode_tokens_per_s": timing.decode_tokens_per_s,
+        },
+    });
+    if !generation.logprobs.is_empty() {
+        let top = |top: &[(u32, f64)]| -> Vec<Value> {
+            top.iter().map(|(token, logprob)| json!({"token": token, "logprob": logprob})).collect()
+        };
+        let entries = generation.tokens.iter().zip(&generation.logprobs);
+        result["logprobs"] = entries
+            .map(|(token, entry)| {
+                json!({"token": token, "logprob": entry.logprob, "top": top(&entry.top)})
+            })
+            .collect();
+    }
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_and_rates_have_three_digits() {
+        assert_eq!(duration(2.7654), "2.77 ms");
+        assert_eq!(duration(999.9), "1.00 s");
+        assert_eq!(three_digits(6400.4), "6400");
+        assert_eq!(three_digits(64.04), "64.0");
+    }
+}

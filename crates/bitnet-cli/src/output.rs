@@ -1,0 +1,156 @@
+//! What people and programs see: results on stdout, notes and errors on stderr.
+
+use std::io::{self, IsTerminal, Write};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::Serialize;
+
+/// Whether the last thing on stdout is text whose line is still open. Changed only by who holds the
+/// lock of stdout, so that an interrupt can tell whether it has to end the line.
+static LINE_IS_OPEN: AtomicBool = AtomicBool::new(false);
+
+/// Writes a piece of running text and hands it on at once.
+pub fn piece(text: &str) -> io::Result<()> {
+    if text.is_empty() {
+        return Ok(());
+    }
+    let mut stdout = io::stdout().lock();
+    LINE_IS_OPEN.store(true, Ordering::Relaxed);
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Ends the line of running text.
+pub fn end_of_text() -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    LINE_IS_OPEN.store(false, Ordering::Relaxed);
+    stdout.write_all(b"\n")?;
+    stdout.flush()
+}
+
+/// Ends the line of running text if there is one. For interrupts: what goes wrong is of no interest.
+pub fn end_of_open_line() {
+    let mut stdout = io::stdout().lock();
+    if LINE_IS_OPEN.swap(false, Ordering::Relaxed) {
+        let _ = stdout.write_all(b"\n").and_then(|()| stdout.flush());
+    }
+}
+
+/// Writes whole lines. `text` ends with a newline.
+pub fn lines(text: &str) -> io::Result<()> {
+    let mut stdout = io::stdout().lock();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// Writes a value as one line of JSON.
+pub fn json(value: &impl Serialize) -> io::Result<()> {
+    let mut line = serde_json::to_string(value).map_err(io::Error::other)?;
+    line.push('\n');
+    lines(&line)
+}
+
+/// Stderr: for people, and of no consequence if it is closed.
+pub struct Messages {
+    quiet: bool,
+}
+
+impl Messages {
+    /// With `quiet` only errors are printed.
+    pub fn new(quiet: bool) -> Self {
+        Messages { quiet }
+    }
+
+    /// Something that was corrected or decided.
+    pub fn note(&self, note: &str) {
+        if !self.quiet {
+            let _ = writeln!(io::stderr(), "{} {}", painted(DIM, "note:"), printable(note));
+        }
+    }
+
+    /// What was done, and how fast.
+    pub fn summary(&self, text: &str) {
+        if !self.quiet {
+            let _ = writeln!(io::stderr(), "{}", painted(DIM, text));
+        }
+    }
+}
+
+/// Reports a failure.
+pub fn error(message: &str) {
+    let _ = writeln!(io::stderr(), "{} {}", painted(BOLD_RED, "error:"), printable(message));
+}
+
+const BOLD_RED: &str = "\x1b[1;31m";
+const DIM: &str = "\x1b[2m";
+
+/// Text in a colour, where stderr is a terminal and nobody asked for none (<https://no-color.org>).
+fn painted(colour: &str, text: &str) -> String {
+    let unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    match io::stderr().is_terminal() && !unwanted {
+        true => format!("{colour}{text}\x1b[0m"),
+        false => text.to_owned(),
+    }
+}
+
+/// Names from files may hold anything: no character of them is to move the cursor.
+fn printable(message: &str) -> String {
+    let mut safe = String::with_capacity(message.len());
+    for character in message.chars() {
+        match character.is_control() && character != '\n' {
+            true => safe.extend(character.escape_default()),
+            false => safe.push(character),
+        }
+    }
+    safe
+}
+
+/// The bytes of a token between quotes, for tables.
+pub fn quoted(bytes: &[u8]) -> String {
+    match std::str::from_utf8(bytes) {
+        Ok(text) => format!("{text:?}"),
+        Err(_) => format!("\"{}\"", bytes.escape_ascii()),
+    }
+}
+
+/// Rows of text as lines of columns that line up. `right` says which columns hold numbers.
+pub fn table<const N: usize>(rows: &[[String; N]], right: [bool; N]) -> String {
+    let width = |column: usize| rows.iter().map(|row| row[column].chars().count()).max();
+    let widths: [usize; N] = std::array::from_fn(|column| width(column).unwrap_or(0));
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for ((cell, width), right) in row.iter().zip(widths).zip(right) {
+            let padding = " ".repeat(width - cell.chars().count());
+            let (before, after) =
+                if right { (padding, String::new()) } else { (String::new(), padding) };
+            line.push_str(&format!("{before}{cell}{after}  "));
+        }
+        text.push_str(line.trim_end());
+        text.push('\n');
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn columns_line_up() {
+        let rows =
+            [["id", "token"], ["7", "\"é\""], ["1234", "\"a\""]].map(|row| row.map(String::from));
+        assert_eq!(table(&rows, [true, false]), "  id  token\n   7  \"é\"\n1234  \"a\"\n");
+    }
+
+    #[test]
+    fn messages_cannot_control_the_terminal() {
+        assert_eq!(printable("tensor `\x1b[2J\u{9b}x`"), "tensor `\\u{1b}[2J\\u{9b}x`");
+    }
+
+    #[test]
+    fn tokens_that_are_no_text_show_their_bytes() {
+        assert_eq!(quoted("é\n".as_bytes()), "\"é\\n\"");
+        assert_eq!(quoted(b"\xe2\x80"), "\"\\xe2\\x80\"");
+    }
+}
