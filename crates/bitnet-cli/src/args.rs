@@ -61,6 +61,7 @@ pub enum Command {
 pub struct ModelName {
     /// `tiny` (built in), a checkpoint folder, or a .gguf file
     #[arg(short, long, value_name = "MODEL", default_value = "tiny")]
+    #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub model: String,
 }
 
@@ -75,13 +76,9 @@ pub struct ModelArgs {
     #[arg(long, value_enum, default_value_t = DeviceChoice::Auto)]
     pub device: DeviceChoice,
 
-    /// Number of threads [default: one per core]
+    /// Number of threads [default: one per physical core]
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
-
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, value_enum, default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
 
     /// Layout of I2_S weights in a .gguf file, which cannot say it itself
     #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = I2sLayoutChoice::X86)]
@@ -172,6 +169,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
+    /// Storage of keys and values; f32 is exact, the others approximate
+    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
+    pub kv_type: KvTypeChoice,
+
     #[command(flatten)]
     pub sampling: SamplingArgs,
 }
@@ -245,6 +246,10 @@ pub struct LogitsArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
+
+    /// Storage of keys and values; f32 is exact, the others approximate
+    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
+    pub kv_type: KvTypeChoice,
 }
 
 #[derive(Debug, Args)]
@@ -329,6 +334,10 @@ pub struct EmbedArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
+
+    /// Storage of keys and values; f32 is exact, the others approximate
+    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
+    pub kv_type: KvTypeChoice,
 }
 
 #[derive(Debug, Args)]
@@ -390,9 +399,11 @@ fn threads(text: &str) -> Result<usize, String> {
 }
 
 fn token_id(text: &str) -> Result<u32, String> {
-    text.trim()
-        .parse()
-        .map_err(|_| "give token ids with commas between them, such as 1,2,3".to_owned())
+    use std::num::IntErrorKind::PosOverflow;
+    text.trim().parse().map_err(|error: std::num::ParseIntError| match error.kind() {
+        PosOverflow => "no model has a token id that large".to_owned(),
+        _ => "give token ids with commas between them, such as 1,2,3".to_owned(),
+    })
 }
 
 fn logit_bias(text: &str) -> Result<(u32, f32), String> {

@@ -72,7 +72,10 @@ fn refused(error: &clap::Error) -> ExitCode {
         .map(str::trim_end)
         .filter(|paragraph| !paragraph.is_empty() && !paragraph.starts_with("Usage:"))
         .collect();
-    let message = paragraphs.join("\n");
+    let (sentence, hints) = paragraphs.split_first().expect("an error says something");
+    // What is missing, or possible, stands on lines of its own.
+    let sentence = sentence.split_whitespace().collect::<Vec<_>>().join(" ");
+    let message = [&[sentence.as_str()][..], hints].concat().join("\n");
     output::error(message.strip_prefix("error: ").unwrap_or(&message));
     ExitCode::from(WRONG_USAGE)
 }

@@ -30,7 +30,7 @@ pub struct ModelOptions {
 pub fn device_reason(device: Device) -> Option<String> {
     match device {
         Device::Cpu => None,
-        _ => Some("this program is built without it; use the cpu".to_owned()),
+        _ => Some("this program is built without it; use --device cpu".to_owned()),
     }
 }
 

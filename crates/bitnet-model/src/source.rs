@@ -168,6 +168,12 @@ fn open_file(path: &Path) -> Result<Checkpoint, Error> {
     if bytes.starts_with(gguf::MAGIC) {
         return describe_gguf(gguf::from_bytes(bytes, path)?, path);
     }
+    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        return Err(Error::file(
+            path,
+            "is not a GGUF file: it does not begin with `GGUF`; download the file again",
+        ));
+    }
     let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     open_directory(directory.unwrap_or(Path::new(".")), path)
 }

@@ -86,13 +86,18 @@ pub fn load<B: Backend>(
     })
 }
 
-/// Bytes of all ternary weights at two bits each, from the description alone.
-pub fn packed_bytes(config: &ModelConfig) -> u64 {
+/// Number of ternary weights, from the description alone.
+pub fn ternary_weights(config: &ModelConfig) -> u64 {
     let c = |n: usize| n as u128;
     let (hidden, attention) = (c(config.hidden_size), c(config.heads) * c(config.head_size));
     let kv = c(config.kv_heads) * c(config.head_size);
     let layer = hidden * (2 * attention + 2 * kv) + 3 * hidden * c(config.intermediate_size);
-    u64::try_from(layer * c(config.layers.len()) / 4).unwrap_or(u64::MAX)
+    u64::try_from(layer * c(config.layers.len())).unwrap_or(u64::MAX)
+}
+
+/// Bytes of all ternary weights at two bits each, from the description alone.
+pub fn packed_bytes(config: &ModelConfig) -> u64 {
+    ternary_weights(config) / 4
 }
 
 /// The embedding and, where it is not the embedding itself, the output head.

@@ -12,9 +12,10 @@ pub fn run(args: DetokenizeArgs, messages: &Messages) -> Result<()> {
     super::show_notes(&description, messages);
     let text = description.tokenizer.decode(&args.tokens, args.skip_special)?;
     if args.json {
-        output::json(&json!({ "text": text }))?;
+        output::json(&json!({"text": text}))?;
     } else {
-        output::lines(&format!("{text}\n"))?;
+        output::piece(&text)?;
+        output::end_of_text()?;
     }
     Ok(())
 }

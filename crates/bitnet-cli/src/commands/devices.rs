@@ -1,44 +1,55 @@
-//! `bitnet devices`: what a model can run on here.
+//! `bitnet devices`: where models can run here.
+
+use std::collections::BTreeMap;
 
 use anyhow::Result;
 use bitnet_core::Device;
-use bitnet_core::budget::{available_memory, human_bytes};
-use bitnet_cpu::Isa;
+use bitnet_core::backend::Backend;
+use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_inference::device_reason;
-use serde_json::json;
+use serde::Serialize;
 
 use crate::args::DevicesArgs;
 use crate::output;
 
+#[derive(Serialize)]
+struct DeviceInfo {
+    device: String,
+    available: bool,
+    /// What it is, or why it is not there.
+    description: String,
+    /// What the processor has, the best last.
+    instruction_sets: Vec<String>,
+}
+
 pub fn run(args: DevicesArgs) -> Result<()> {
-    let levels: Vec<String> = Isa::detected().iter().map(Isa::to_string).collect();
-    let memory = available_memory();
+    let devices: Vec<DeviceInfo> =
+        [Device::Cpu, Device::Gpu, Device::Mlx].into_iter().map(describe).collect::<Result<_>>()?;
     if args.json {
-        let mut devices = vec![json!({
-            "device": Device::Cpu.to_string(),
-            "available": true,
-            "instruction_sets": levels,
-            "available_memory": memory,
-        })];
-        for device in [Device::Gpu, Device::Mlx] {
-            devices.push(json!({
-                "device": device.to_string(),
-                "available": false,
-                "reason": device_reason(device),
-            }));
+        return Ok(output::json(&BTreeMap::from([("devices", devices)]))?);
+    }
+    let row = |device: &DeviceInfo| {
+        let mut description = device.description.clone();
+        if !device.instruction_sets.is_empty() {
+            description = format!("{description}; it has {}", device.instruction_sets.join(", "));
         }
-        output::json(&json!({ "devices": devices }))?;
-        return Ok(());
+        let available = if device.available { "yes" } else { "no" };
+        [device.device.clone(), available.to_owned(), description]
+    };
+    Ok(output::lines(&output::table(&devices.iter().map(row).collect::<Vec<_>>(), [false; 3]))?)
+}
+
+fn describe(device: Device) -> Result<DeviceInfo> {
+    let name = device.to_string();
+    if let Some(description) = device_reason(device) {
+        let instruction_sets = Vec::new();
+        return Ok(DeviceInfo { device: name, available: false, description, instruction_sets });
     }
-    let memory = memory.map_or("memory unknown".to_owned(), |bytes| {
-        format!("{} of memory available", human_bytes(bytes))
-    });
-    let cpu = format!("{}; {memory}", levels.join(", "));
-    let mut rows = vec![[Device::Cpu.to_string(), "available".to_owned(), cpu]];
-    for device in [Device::Gpu, Device::Mlx] {
-        let reason = device_reason(device).unwrap_or_default();
-        rows.push([device.to_string(), "not available".to_owned(), reason]);
-    }
-    output::lines(&output::table(&rows, [false, false, false]))?;
-    Ok(())
+    let cpu = CpuBackend::new(CpuOptions { threads: None, isa: Isa::from_env()? })?;
+    Ok(DeviceInfo {
+        device: name,
+        available: true,
+        description: cpu.name(),
+        instruction_sets: Isa::detected().iter().map(Isa::to_string).collect(),
+    })
 }

@@ -1,202 +1,280 @@
-//! `bitnet info`: a model described without loading its weights.
+//! `bitnet info`: what a model is, without loading its weights.
 
 use anyhow::Result;
+use bitnet_core::Tensor;
 use bitnet_core::backend::{Activation, ActivationPrecision, KvType};
 use bitnet_core::budget::human_bytes;
-use bitnet_model::config::{ModelConfig, Pooling, Precision, RopeScaling};
+use bitnet_model::config::{Pooling, Precision, Rope, RopeScaling};
 use bitnet_model::source::{self, Checkpoint};
-use bitnet_model::weights;
-use serde_json::{Map, Value, json};
+use bitnet_model::{Error, weights};
+use serde::Serialize;
 
 use crate::args::InfoArgs;
-use crate::output::{self, Messages};
+use crate::output;
 
-/// One fact: its name for programs, its name for people, its value for both.
-struct Fact {
-    key: &'static str,
-    name: &'static str,
-    value: Value,
-    words: String,
-}
-
-impl Fact {
-    fn number(key: &'static str, name: &'static str, value: usize) -> Self {
-        Fact { key, name, value: json!(value), words: value.to_string() }
-    }
-
-    fn bytes(key: &'static str, name: &'static str, value: u64) -> Self {
-        Fact { key, name, value: json!(value), words: human_bytes(value) }
-    }
-
-    fn text(key: &'static str, name: &'static str, words: impl Into<String>) -> Self {
-        let words = words.into();
-        Fact { key, name, value: json!(words), words }
-    }
-}
-
-pub fn run(args: InfoArgs, messages: &Messages) -> Result<()> {
-    let checkpoint = source::open(&args.model.model)?;
-    let facts = facts(&checkpoint)?;
-    let notes = &checkpoint.description.notes;
+pub fn run(args: InfoArgs) -> Result<()> {
+    let info = Info::of(&source::open(&args.model.model)?)?;
     if args.json {
-        let mut object: Map<String, Value> =
-            facts.into_iter().map(|fact| (fact.key.to_owned(), fact.value)).collect();
-        object.insert("notes".to_owned(), json!(notes));
-        output::json(&object)?;
-        return Ok(());
+        output::json(&info)?
+    } else {
+        output::lines(&info.table())?
     }
-    let rows: Vec<[String; 2]> =
-        facts.into_iter().map(|fact| [fact.name.to_owned(), fact.words]).collect();
-    output::lines(&output::table(&rows, [false, false]))?;
-    notes.iter().for_each(|note| messages.note(note));
     Ok(())
 }
 
-fn facts(checkpoint: &Checkpoint) -> Result<Vec<Fact>> {
-    let Checkpoint { description, tensors } = checkpoint;
-    let config = &description.config;
-    let tables = weights::tables(&description.path, config, tensors)?;
-    let ternary = weights::packed_bytes(config) * 4;
-    let embedding = &tables.embedding;
-    let (head, head_words) = match &tables.head {
-        Some(head) => (head, format!("{}, {}", head.dtype(), human_bytes(size(head)))),
-        None => (embedding, "the embedding".to_owned()),
-    };
-    let template = match (&description.template, config.pooling) {
-        (Some(_), _) => "yes",
-        (None, Some(_)) => "none: an embedding model",
-        (None, None) => "none: a base model, which continues text",
-    };
-    let mut facts = vec![
-        Fact::text("path", "model", description.path.display().to_string()),
-        Fact::text("format", "format", description.format),
-        Fact::text("architecture", "architecture", config.architecture),
-        Fact::text("weights", "ternary weights as stored", weight_types(checkpoint)),
-        Fact {
-            key: "ternary_weights",
-            name: "ternary weights",
-            value: json!(ternary),
-            words: format!("{}, {} packed", count(ternary), human_bytes(ternary / 4)),
-        },
-        Fact {
-            key: "embedding",
-            name: "embedding",
-            value: json!({"dtype": embedding.dtype().to_string(), "bytes": size(embedding)}),
-            words: format!("{}, {}", embedding.dtype(), human_bytes(size(embedding))),
-        },
-        Fact {
-            key: "head",
-            name: "output head",
-            value: json!({
-                "dtype": head.dtype().to_string(),
-                "bytes": size(head),
-                "tied": tables.head.is_none(),
-            }),
-            words: head_words,
-        },
-        Fact::number("layers", "layers", config.layers.len()),
-        Fact::number("hidden_size", "hidden size", config.hidden_size),
-        Fact::number("intermediate_size", "feed-forward size", config.intermediate_size),
-        Fact::number("heads", "query heads", config.heads),
-        Fact::number("kv_heads", "key/value heads", config.kv_heads),
-        Fact::number("head_size", "head size", config.head_size),
-        Fact::number("vocab_size", "vocabulary", embedding.rows()),
-        Fact::number("context_length", "context", config.context_length),
-        Fact::text("activation", "activation", activation(config.activation)),
-        Fact::text("inputs", "inputs of linear layers", precision(config.precision)),
-        Fact::text("rope", "rotary embedding", ropes(config)),
-    ];
-    for (key, name, kv_type) in [
-        ("kv_bytes_per_token_f32", "KV per token, f32", KvType::F32),
-        ("kv_bytes_per_token_f16", "KV per token, f16", KvType::F16),
-        ("kv_bytes_per_token_int8", "KV per token, int8", KvType::Int8),
-    ] {
-        facts.push(Fact::bytes(key, name, kv_bytes(config, kv_type)));
-    }
-    if let Some(pooling) = config.pooling {
-        let words = match pooling {
-            Pooling::Last => "last token",
-            Pooling::Mean => "mean of all tokens",
+/// What people and programs are told. Sizes are in elements unless their name says bytes.
+#[derive(Serialize)]
+struct Info {
+    model: String,
+    format: &'static str,
+    architecture: &'static str,
+    /// `text`, or for embedding models how a text becomes one vector.
+    output: &'static str,
+    layers: usize,
+    hidden_size: usize,
+    intermediate_size: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_size: usize,
+    vocab_size: usize,
+    context_length: usize,
+    /// Tokens that a token sees in the layers that have a window.
+    attention_window: Option<usize>,
+    ropes: Vec<RopeInfo>,
+    activation: &'static str,
+    /// How linear layers take their input; `None` where only the loaded scales can tell.
+    linear_input: Option<&'static str>,
+    ternary_weights: u64,
+    /// Element types of the linear layers in the file, with their number.
+    stored_as: String,
+    /// Their size in memory, two bits each.
+    packed_bytes: u64,
+    embedding: TableInfo,
+    /// `None` where the embedding serves as the head.
+    head: Option<TableInfo>,
+    kv_bytes_per_token: KvBytes,
+    chat_template: bool,
+    end_tokens: Vec<EndToken>,
+    notes: Vec<String>,
+}
+
+#[derive(Serialize)]
+struct RopeInfo {
+    theta: f32,
+    scaling: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    factor: Option<f32>,
+}
+
+#[derive(Serialize)]
+struct TableInfo {
+    r#type: String,
+    bytes: usize,
+}
+
+#[derive(Serialize)]
+struct KvBytes {
+    f32: usize,
+    f16: usize,
+    int8: usize,
+}
+
+#[derive(Serialize)]
+struct EndToken {
+    id: u32,
+    text: String,
+}
+
+impl Info {
+    fn of(checkpoint: &Checkpoint) -> Result<Self, Error> {
+        let Checkpoint { description, tensors } = checkpoint;
+        let c = &description.config;
+        let tables = weights::tables(&description.path, c, tensors)?;
+        let stored_as: Vec<String> = weights::linear_types(&description.path, c, tensors)
+            .into_iter()
+            .map(|(dtype, count)| format!("{count} x {dtype}"))
+            .collect();
+        let kv_bytes = |kv_type| c.kv_layout(kv_type, 1).block_bytes();
+        let end_token = |&id: &u32| EndToken {
+            id,
+            text: match description.tokenizer.token_bytes(id) {
+                Ok(bytes) => String::from_utf8_lossy(bytes).into_owned(),
+                // Files name end tokens that their vocabularies do not have.
+                Err(_) => String::new(),
+            },
         };
-        facts.push(Fact::text("pooling", "pooling", words));
-    }
-    facts.push(Fact {
-        key: "chat_template",
-        name: "chat template",
-        value: json!(description.template.is_some()),
-        words: template.to_owned(),
-    });
-    let tokenizer = &description.tokenizer;
-    let ends: Vec<String> = description
-        .end_ids
-        .iter()
-        .map(|&id| match tokenizer.token_bytes(id) {
-            Ok(bytes) => format!("{id} {}", String::from_utf8_lossy(bytes).escape_debug()),
-            Err(_) => id.to_string(),
+        Ok(Info {
+            model: description.path.display().to_string(),
+            format: description.format,
+            architecture: c.architecture,
+            output: match c.pooling {
+                None => "text",
+                Some(Pooling::Last) => "embedding (last token)",
+                Some(Pooling::Mean) => "embedding (mean)",
+            },
+            layers: c.layers.len(),
+            hidden_size: c.hidden_size,
+            intermediate_size: c.intermediate_size,
+            heads: c.heads,
+            kv_heads: c.kv_heads,
+            head_size: c.head_size,
+            vocab_size: tables.embedding.rows(),
+            context_length: c.context_length,
+            attention_window: c.layers.iter().find_map(|layer| layer.window),
+            ropes: c.ropes.iter().map(RopeInfo::of).collect(),
+            activation: match c.activation {
+                Activation::Relu2 => "relu2",
+                Activation::Silu => "silu",
+                Activation::GeluTanh => "gelu_tanh",
+            },
+            linear_input: match c.precision {
+                Precision::Known(ActivationPrecision::Int8) => Some("int8"),
+                Precision::Known(ActivationPrecision::F32) => Some("f32"),
+                Precision::ByScale => None,
+            },
+            ternary_weights: weights::ternary_weights(c),
+            stored_as: stored_as.join(", "),
+            packed_bytes: weights::packed_bytes(c),
+            embedding: TableInfo::of(&tables.embedding),
+            head: tables.head.as_ref().map(TableInfo::of),
+            kv_bytes_per_token: KvBytes {
+                f32: kv_bytes(KvType::F32),
+                f16: kv_bytes(KvType::F16),
+                int8: kv_bytes(KvType::Int8),
+            },
+            chat_template: description.template.is_some(),
+            end_tokens: description.end_ids.iter().map(end_token).collect(),
+            notes: description.notes.clone(),
         })
-        .collect();
-    facts.push(Fact {
-        key: "end_ids",
-        name: "end tokens",
-        value: json!(description.end_ids),
-        words: if ends.is_empty() { "none".to_owned() } else { ends.join(", ") },
-    });
-    Ok(facts)
-}
+    }
 
-fn size(table: &bitnet_core::Tensor) -> u64 {
-    table.data().len() as u64
-}
-
-fn kv_bytes(config: &ModelConfig, kv_type: KvType) -> u64 {
-    config.kv_layout(kv_type, 1).block_bytes() as u64
-}
-
-/// The element types in which the checkpoint stores its linear layers, with their number.
-fn weight_types(checkpoint: &Checkpoint) -> String {
-    let config = &checkpoint.description.config;
-    let types = weights::linear_types(&checkpoint.description.path, config, &checkpoint.tensors);
-    let words: Vec<String> =
-        types.into_iter().map(|(dtype, count)| format!("{count} x {dtype}")).collect();
-    words.join(", ")
-}
-
-fn activation(activation: Activation) -> &'static str {
-    match activation {
-        Activation::Relu2 => "relu2",
-        Activation::Silu => "silu",
-        Activation::GeluTanh => "gelu (tanh)",
+    fn table(&self) -> String {
+        let kv = &self.kv_bytes_per_token;
+        let ropes: Vec<String> = self.ropes.iter().map(RopeInfo::to_string).collect();
+        let end_tokens: Vec<String> = self
+            .end_tokens
+            .iter()
+            .map(|token| match token.text.as_str() {
+                "" => token.id.to_string(),
+                text => format!("{} {}", token.id, text.escape_debug()),
+            })
+            .collect();
+        let window =
+            self.attention_window.map(|tokens| format!(", window of {tokens} in some layers"));
+        let rows = [
+            ("model", self.model.clone()),
+            ("format", self.format.to_owned()),
+            ("architecture", self.architecture.to_owned()),
+            ("output", self.output.to_owned()),
+            ("layers", self.layers.to_string()),
+            ("hidden size", self.hidden_size.to_string()),
+            ("feed-forward", format!("{}, {}", self.intermediate_size, self.activation)),
+            (
+                "attention",
+                format!(
+                    "{} heads of {}, {} key/value heads",
+                    self.heads, self.head_size, self.kv_heads
+                ),
+            ),
+            ("rope", ropes.join("; ")),
+            ("vocabulary", format!("{} tokens", self.vocab_size)),
+            ("context", format!("{} tokens{}", self.context_length, window.unwrap_or_default())),
+            (
+                "ternary weights",
+                format!(
+                    "{}, {} in memory",
+                    grouped(self.ternary_weights),
+                    human_bytes(self.packed_bytes)
+                ),
+            ),
+            ("stored as", self.stored_as.clone()),
+            (
+                "linear input",
+                self.linear_input
+                    .unwrap_or("int8 or f32, as the scales tell when loaded")
+                    .to_owned(),
+            ),
+            ("embedding", self.embedding.to_string()),
+            (
+                "output head",
+                self.head.as_ref().map_or("the embedding".to_owned(), TableInfo::to_string),
+            ),
+            (
+                "KV per token",
+                format!(
+                    "{} (f32), {} (f16), {} (int8)",
+                    human_bytes(kv.f32 as u64),
+                    human_bytes(kv.f16 as u64),
+                    human_bytes(kv.int8 as u64)
+                ),
+            ),
+            (
+                "chat template",
+                if self.chat_template { "yes" } else { "none: a base model" }.to_owned(),
+            ),
+            ("end tokens", end_tokens.join(", ")),
+        ];
+        let notes = self.notes.iter().map(|note| ("note", note.clone()));
+        let rows: Vec<[String; 2]> =
+            rows.into_iter().chain(notes).map(|(name, value)| [name.to_owned(), value]).collect();
+        output::table(&rows, [false, false])
     }
 }
 
-fn precision(precision: Precision) -> &'static str {
-    match precision {
-        Precision::Known(ActivationPrecision::Int8) => "int8 per token",
-        Precision::Known(ActivationPrecision::F32) => "f32",
-        Precision::ByScale => "decided by the scales of the weights",
+impl RopeInfo {
+    fn of(rope: &Rope) -> Self {
+        let (scaling, factor) = match rope.scaling {
+            RopeScaling::None => ("none", None),
+            RopeScaling::Linear { factor } => ("linear", Some(factor)),
+            RopeScaling::Llama3 { factor, .. } => ("llama3", Some(factor)),
+        };
+        RopeInfo { theta: rope.theta, scaling, factor }
     }
 }
 
-fn ropes(config: &ModelConfig) -> String {
-    let words: Vec<String> = config
-        .ropes
-        .iter()
-        .map(|rope| match rope.scaling {
-            RopeScaling::None => format!("base {}", rope.theta),
-            RopeScaling::Linear { factor } => format!("base {}, linear / {factor}", rope.theta),
-            RopeScaling::Llama3 { factor, .. } => {
-                format!("base {}, llama3 / {factor}", rope.theta)
-            }
-        })
-        .collect();
-    words.join("; ")
+impl std::fmt::Display for RopeInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "theta {}", self.theta)?;
+        match self.factor {
+            Some(factor) => write!(f, ", {} scaling by {factor}", self.scaling),
+            None => Ok(()),
+        }
+    }
 }
 
-/// A large number for people: `2.08 billion`.
-fn count(n: u64) -> String {
-    match n {
-        1_000_000_000.. => format!("{:.2} billion", n as f64 / 1e9),
-        1_000_000.. => format!("{:.2} million", n as f64 / 1e6),
-        _ => n.to_string(),
+impl TableInfo {
+    fn of(tensor: &Tensor) -> Self {
+        TableInfo { r#type: tensor.dtype().to_string(), bytes: tensor.data().len() }
+    }
+}
+
+impl std::fmt::Display for TableInfo {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}, {}", self.r#type, human_bytes(self.bytes as u64))
+    }
+}
+
+/// `2084044800` as `2 084 044 800`.
+fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut text = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            text.push(' ');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_numbers_are_grouped_by_three_digits() {
+        assert_eq!(grouped(7), "7");
+        assert_eq!(grouped(123_456), "123 456");
+        assert_eq!(grouped(2_084_044_800), "2 084 044 800");
     }
 }

@@ -13,7 +13,7 @@ use std::fs::File;
 use std::io::{self, Read};
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::{Result, anyhow, bail};
 use bitnet_core::Device;
 use bitnet_core::backend::{ActivationPrecision, KvType};
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
@@ -47,14 +47,14 @@ pub fn run(command: Command, messages: &Messages) -> Result<()> {
         Command::Tokenize(args) => tokenize::run(args, messages),
         Command::Detokenize(args) => detokenize::run(args, messages),
         Command::Embed(args) => embed::run(args, messages),
-        Command::Info(args) => info::run(args, messages),
+        Command::Info(args) => info::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
     }
 }
 
-/// Loads a model to run it.
-fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
+/// What the flags say about loading a model.
+fn model_options(args: &ModelArgs) -> ModelOptions {
     let device = match args.device {
         DeviceChoice::Auto => None,
         DeviceChoice::Cpu => Some(Device::Cpu),
@@ -70,9 +70,17 @@ fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
         ActivationsChoice::Int8 => ActivationPrecision::Int8,
         ActivationsChoice::F32 => ActivationPrecision::F32,
     });
-    let load = LoadOptions { i2s_layout, precision };
-    let options = ModelOptions { device, threads: args.threads, isa: None, load };
-    let model = Model::open(&args.name.model, &options)?;
+    ModelOptions {
+        device,
+        threads: args.threads,
+        isa: None,
+        load: LoadOptions { i2s_layout, precision },
+    }
+}
+
+/// Loads a model to run it.
+fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
+    let model = Model::open(&args.name.model, &model_options(args))?;
     show_notes(model.description(), messages);
     Ok(model)
 }
@@ -90,23 +98,23 @@ fn load_generator(args: &ModelArgs, messages: &Messages) -> Result<Model> {
     Ok(model)
 }
 
-/// The model's chat template, or why it cannot chat.
-fn template(description: &Description) -> Result<&ChatTemplate> {
-    match &description.template {
-        Some(template) => Ok(template),
-        None => bail!(
-            "{}: a base model without a chat template, which continues texts: leave out --chat",
-            description.path.display()
-        ),
-    }
-}
-
 fn show_notes(description: &Description, messages: &Messages) {
     description.notes.iter().for_each(|note| messages.note(note));
 }
 
-fn session_options(args: &ModelArgs) -> SessionOptions {
-    let kv_type = match args.kv_type {
+/// The chat template, which base models do not have.
+fn template(description: &Description) -> Result<&ChatTemplate> {
+    description.template.as_ref().ok_or_else(|| {
+        anyhow!(
+            "{} is a base model without a chat template: leave out --chat to continue a text, or \
+             choose a chat model",
+            description.path.display()
+        )
+    })
+}
+
+fn session_options(kv_type: KvTypeChoice) -> SessionOptions {
+    let kv_type = match kv_type {
         KvTypeChoice::F32 => KvType::F32,
         KvTypeChoice::F16 => KvType::F16,
         KvTypeChoice::Int8 => KvType::Int8,

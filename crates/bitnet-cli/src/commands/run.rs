@@ -4,10 +4,11 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use anyhow::{Result, bail};
+use bitnet_inference::generate::TokenLogprobs;
 use bitnet_inference::{GenerateOptions, Generation, Model, SamplingParams, generate};
 use bitnet_model::chat::Message;
 use bitnet_model::tokenizer::Special;
-use serde_json::{Value, json};
+use serde::Serialize;
 
 use super::WrongUsage;
 use crate::args::{RunArgs, SamplingArgs};
@@ -43,7 +44,7 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
     let options =
         GenerateOptions { sampling, max_tokens: args.max_tokens, stop: args.stop, end_ids };
 
-    let mut session = model.session(super::session_options(&args.model))?;
+    let mut session = model.session(super::session_options(args.kv_type))?;
     // Printed with the first text after it: a prompt that the model refuses is not half a result.
     let mut pending = match &prompt {
         Prompt::Raw(text) => text.as_str(),
@@ -68,10 +69,18 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
         generation
     };
     let timing = Timing::of(&generation, prompt_tokens.len(), session.length());
+    let summary = timing.sentence(prompt_tokens.len(), generation.tokens.len());
     if args.json {
-        output::json(&result(&prompt_tokens, &generation, &timing))?;
+        output::json(&Output {
+            prompt_tokens: &prompt_tokens,
+            tokens: &generation.tokens,
+            text: &generation.text,
+            finish_reason: generation.finish_reason.as_str(),
+            timing,
+            logprobs: args.sampling.logprobs.map(|_| logprobs(&generation)),
+        })?;
     }
-    messages.summary(&timing.sentence(prompt_tokens.len(), generation.tokens.len()));
+    messages.summary(&summary);
     Ok(())
 }
 
@@ -110,7 +119,14 @@ fn sampling_params(args: &SamplingArgs) -> Result<SamplingParams> {
         seed: args.seed,
         logprobs: args.logprobs,
     };
-    sampling.validate().map_err(|error| WrongUsage(error.to_string()))?;
+    sampling.validate().map_err(|error| {
+        let flag = match error.name {
+            "repetition_penalty" => "repeat-penalty".to_owned(),
+            "typical_p" => "typical".to_owned(),
+            name => name.replace('_', "-"),
+        };
+        WrongUsage(format!("--{flag} is {}: give {}", error.value, error.allowed))
+    })?;
     Ok(sampling)
 }
 
@@ -130,6 +146,7 @@ fn encode(prompt: &Prompt, model: &Model) -> Result<Vec<u32>> {
 }
 
 /// How long the two parts of a generation took.
+#[derive(Serialize)]
 struct Timing {
     prompt_ms: f64,
     decode_ms: f64,
@@ -156,6 +173,9 @@ impl Timing {
     fn sentence(&self, prompt_tokens: usize, tokens: usize) -> String {
         let part = |count: usize, what: &str, ms: f64, rate: Option<f64>| {
             let plural = if count == 1 { "" } else { "s" };
+            if count == 0 {
+                return format!("0 {what}s");
+            }
             let rate = rate.map(|rate| format!(" ({} tokens/s)", three_digits(rate)));
             format!("{count} {what}{plural} in {}{}", duration(ms), rate.unwrap_or_default())
         };
@@ -185,31 +205,37 @@ fn duration(ms: f64) -> String {
     }
 }
 
-fn result(prompt_tokens: &[u32], generation: &Generation, timing: &Timing) -> Value {
-    let mut result = json!({
-        "prompt_tokens": prompt_tokens,
-        "tokens": generation.tokens,
-        "text": generation.text,
-        "finish_reason": generation.finish_reason.as_str(),
-        "timing": {
-            "prompt_ms": timing.prompt_ms,
-            "decode_ms": timing.decode_ms,
-            "prompt_tokens_per_s": timing.prompt_tokens_per_s,
-            "decode_tokens_per_s": timing.decode_tokens_per_s,
-        },
-    });
-    if !generation.logprobs.is_empty() {
-        let top = |top: &[(u32, f64)]| -> Vec<Value> {
-            top.iter().map(|(token, logprob)| json!({"token": token, "logprob": logprob})).collect()
-        };
-        let entries = generation.tokens.iter().zip(&generation.logprobs);
-        result["logprobs"] = entries
-            .map(|(token, entry)| {
-                json!({"token": token, "logprob": entry.logprob, "top": top(&entry.top)})
-            })
-            .collect();
-    }
-    result
+/// What `--json` prints.
+#[derive(Serialize)]
+struct Output<'a> {
+    prompt_tokens: &'a [u32],
+    tokens: &'a [u32],
+    text: &'a str,
+    finish_reason: &'static str,
+    timing: Timing,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<Vec<Logprobs>>,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    #[serde(flatten)]
+    token: Logprob,
+    top: Vec<Logprob>,
+}
+
+#[derive(Serialize)]
+struct Logprob {
+    token: u32,
+    logprob: f64,
+}
+
+fn logprobs(generation: &Generation) -> Vec<Logprobs> {
+    let entry = |(&token, entry): (&u32, &TokenLogprobs)| Logprobs {
+        token: Logprob { token, logprob: entry.logprob },
+        top: entry.top.iter().map(|&(token, logprob)| Logprob { token, logprob }).collect(),
+    };
+    generation.tokens.iter().zip(&generation.logprobs).map(entry).collect()
 }
 
 #[cfg(test)]
@@ -218,7 +244,7 @@ mod tests {
 
     #[test]
     fn times_and_rates_have_three_digits() {
-        assert_eq!(duration(2.7654), "2.77 ms");
+        assert_eq!(duration(2.346), "2.35 ms");
         assert_eq!(duration(999.9), "1.00 s");
         assert_eq!(three_digits(6400.4), "6400");
         assert_eq!(three_digits(64.04), "64.0");

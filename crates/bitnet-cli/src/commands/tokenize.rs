@@ -1,91 +1,105 @@
-//! `bitnet tokenize`: text, or a conversation, to token ids.
+//! `bitnet tokenize`: text to token ids.
 
-use std::io::{self, BufRead};
+use std::io::{self, BufRead, Read};
 use std::path::Path;
 
 use anyhow::{Result, anyhow, bail};
 use bitnet_model::chat::Message;
 use bitnet_model::source::{self, Description};
 use bitnet_model::tokenizer::{Special, Tokenizer};
-use serde::Deserialize;
+use serde::Serialize;
 use serde_json::json;
 
-use super::WrongUsage;
+use super::{MAX_TEXT_BYTES, WrongUsage};
 use crate::args::TokenizeArgs;
 use crate::output::{self, Messages};
 
+/// What `--chat --json` prints.
+#[derive(Serialize)]
+struct Conversation<'a> {
+    text: &'a str,
+    ids: &'a [u32],
+}
+
 pub fn run(args: TokenizeArgs, messages: &Messages) -> Result<()> {
-    let description = source::open(&args.model.model)?.description;
-    super::show_notes(&description, messages);
-    if let Some(path) = &args.chat {
-        return chat(&args, path, &description);
-    }
-    let special = if args.special_as_text { Special::AsText } else { Special::Recognised };
-    if args.lines {
-        return lines(&args, special, &description.tokenizer);
-    }
-    let Some(text) = &args.text else {
+    if args.text.is_none() && args.chat.is_none() && !args.lines {
         return Err(WrongUsage(
-            "there is nothing to tokenize: give a text, --lines or --chat FILE".to_owned(),
+            "there is nothing to tokenize: give a text, --chat MESSAGES.json or --lines".into(),
         )
         .into());
-    };
-    let ids = description.tokenizer.encode(text, !args.no_bos, special)?;
-    show(&ids, args.json, &description.tokenizer)
-}
-
-/// Ids as JSON, or one per line with the token's text.
-fn show(ids: &[u32], as_json: bool, tokenizer: &Tokenizer) -> Result<()> {
-    if as_json {
-        output::json(&json!({ "ids": ids }))?;
-        return Ok(());
     }
-    let mut rows = Vec::with_capacity(ids.len());
-    for &id in ids {
-        rows.push([id.to_string(), output::quoted(tokenizer.token_bytes(id)?)]);
-    }
-    output::lines(&output::table(&rows, [true, false]))?;
-    Ok(())
-}
-
-/// One JSON string per line in, one JSON result per line out, each as soon as its line is there.
-fn lines(args: &TokenizeArgs, special: Special, tokenizer: &Tokenizer) -> Result<()> {
-    for (number, line) in io::stdin().lock().lines().enumerate() {
-        let place = format!("stdin, line {}", number + 1);
-        let line = line.map_err(|error| anyhow!("{place}: cannot be read: {error}"))?;
-        let text: String = match serde_json::from_str(&line) {
-            Ok(text) => text,
-            Err(error) => bail!("{place}: is not one JSON string: {error}"),
-        };
-        let ids = tokenizer.encode(&text, !args.no_bos, special)?;
-        output::json(&json!({ "ids": ids }))?;
+    let description = source::open(&args.model.model)?.description;
+    super::show_notes(&description, messages);
+    let tokenizer = &description.tokenizer;
+    let special = if args.special_as_text { Special::AsText } else { Special::Recognised };
+    let encode = |text: &str| tokenizer.encode(text, !args.no_bos, special);
+    if let Some(path) = &args.chat {
+        let (text, ids) = conversation(path, &description, !args.no_generation_prompt)?;
+        if args.json {
+            output::json(&Conversation { text: &text, ids: &ids })?;
+        } else {
+            output::lines(&format!(
+                "{}\n\n{}",
+                text.trim_end_matches('\n'),
+                table(tokenizer, &ids)
+            ))?;
+        }
+    } else if args.lines {
+        for_each_line(|text| Ok(output::json(&json!({"ids": encode(text)?}))?))?;
+    } else if let Some(text) = &args.text {
+        let ids = encode(text)?;
+        if args.json {
+            output::json(&json!({"ids": ids}))?;
+        } else {
+            output::lines(&table(tokenizer, &ids))?;
+        }
     }
     Ok(())
 }
 
-#[derive(Deserialize)]
-struct StoredMessage {
-    role: String,
-    content: String,
-}
-
-fn chat(args: &TokenizeArgs, path: &Path, description: &Description) -> Result<()> {
-    let text = super::read_text(path)?;
-    let stored: Vec<StoredMessage> = match serde_json::from_str(&text) {
-        Ok(stored) => stored,
-        Err(error) => bail!(
-            "{}: is not a list of messages with `role` and `content`: {error}",
-            path.display()
-        ),
-    };
-    let conversation: Vec<Message> =
-        stored.into_iter().map(|message| Message::new(message.role, message.content)).collect();
+fn conversation(
+    path: &Path,
+    description: &Description,
+    add_generation_prompt: bool,
+) -> Result<(String, Vec<u32>)> {
     let template = super::template(description)?;
-    let (text, ids) =
-        template.encode(&description.tokenizer, &conversation, !args.no_generation_prompt)?;
-    if args.json {
-        output::json(&json!({ "text": text, "ids": ids }))?;
-        return Ok(());
+    let messages: Vec<Message> =
+        serde_json::from_str(&super::read_text(path)?).map_err(|error| {
+            anyhow!(
+                "{}: is not a list of messages with `role` and `content`: {error}",
+                path.display()
+            )
+        })?;
+    Ok(template.encode(&description.tokenizer, &messages, add_generation_prompt)?)
+}
+
+/// Reads stdin line by line, each a JSON string. Each is answered before the next is read, so that
+/// another program can hold a conversation.
+fn for_each_line(mut answer: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    let mut stdin = io::stdin().lock();
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let mut limited = stdin.by_ref().take(MAX_TEXT_BYTES + 1);
+        if let Err(error) = limited.read_until(b'\n', &mut line) {
+            bail!("stdin: cannot be read: {error}");
+        }
+        if line.is_empty() {
+            break;
+        }
+        if line.len() as u64 > MAX_TEXT_BYTES {
+            bail!("stdin, line {number}: is longer than {} MiB", MAX_TEXT_BYTES >> 20);
+        }
+        let text: String = serde_json::from_slice(&line).map_err(|error| {
+            anyhow!("stdin, line {number}: is not a JSON string such as \"Hello\": {error}")
+        })?;
+        answer(&text)?;
     }
-    show(&ids, false, &description.tokenizer)
+    Ok(())
+}
+
+fn table(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    let text = |id| tokenizer.token_bytes(id).map(output::quoted).unwrap_or_default();
+    let rows: Vec<[String; 2]> = ids.iter().map(|&id| [id.to_string(), text(id)]).collect();
+    output::table(&rows, [true, false])
 }
