@@ -35,7 +35,7 @@ fn main() -> ExitCode {
         Err(error) => return refused(&error),
     };
     if let Err(error) = ctrlc::set_handler(interrupted) {
-        output::error(&format!("cannot listen for Ctrl-C: {error}"));
+        output::error(&format!("cannot listen for Ctrl-C: {error}"), &[]);
         return ExitCode::from(FAILURE);
     }
     let messages = Messages::new(cli.quiet);
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         // Who reads the output has seen enough.
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            output::error(&error.to_string());
+            output::error(&error.to_string(), &[]);
             let wrong_usage = error.is::<commands::WrongUsage>();
             ExitCode::from(if wrong_usage { WRONG_USAGE } else { FAILURE })
         }
@@ -75,8 +75,7 @@ fn refused(error: &clap::Error) -> ExitCode {
     let (sentence, hints) = paragraphs.split_first().expect("an error says something");
     // What is missing, or possible, stands on lines of its own.
     let sentence = sentence.split_whitespace().collect::<Vec<_>>().join(" ");
-    let message = [&[sentence.as_str()][..], hints].concat().join("\n");
-    output::error(message.strip_prefix("error: ").unwrap_or(&message));
+    output::error(sentence.strip_prefix("error: ").unwrap_or(&sentence), hints);
     ExitCode::from(WRONG_USAGE)
 }
 
@@ -85,8 +84,13 @@ fn refused(error: &clap::Error) -> ExitCode {
 fn interrupted() {
     let (ended, wait) = mpsc::channel();
     thread::spawn(move || {
-        output::end_of_open_line();
-        let _ = ended.send(());
+        output::end_open_line(|| {
+            let _ = ended.send(());
+            // Keeps the lock, so that nothing is written after the end.
+            loop {
+                thread::park();
+            }
+        });
     });
     let _ = wait.recv_timeout(Duration::from_millis(250));
     std::process::exit(INTERRUPTED);

@@ -28,12 +28,14 @@ pub fn end_of_text() -> io::Result<()> {
     stdout.flush()
 }
 
-/// Ends the line of running text if there is one. For interrupts: what goes wrong is of no interest.
-pub fn end_of_open_line() {
+/// Ends the line of running text if there is one, then calls `then` before anyone else can write.
+/// For interrupts: what goes wrong is of no interest.
+pub fn end_open_line(then: impl FnOnce()) {
     let mut stdout = io::stdout().lock();
     if LINE_IS_OPEN.swap(false, Ordering::Relaxed) {
         let _ = stdout.write_all(b"\n").and_then(|()| stdout.flush());
     }
+    then();
 }
 
 /// Writes whole lines. `text` ends with a newline.
@@ -76,9 +78,13 @@ impl Messages {
     }
 }
 
-/// Reports a failure.
-pub fn error(message: &str) {
-    let _ = writeln!(io::stderr(), "{} {}", painted(BOLD_RED, "error:"), printable(message));
+/// Reports a failure in one sentence, and hints on lines of their own.
+pub fn error(sentence: &str, hints: &[&str]) {
+    let mut stderr = io::stderr().lock();
+    let _ = writeln!(stderr, "{} {}", painted(BOLD_RED, "error:"), printable(sentence));
+    for hint in hints {
+        let _ = writeln!(stderr, "{hint}");
+    }
 }
 
 const BOLD_RED: &str = "\x1b[1;31m";
@@ -97,7 +103,7 @@ fn painted(colour: &str, text: &str) -> String {
 fn printable(message: &str) -> String {
     let mut safe = String::with_capacity(message.len());
     for character in message.chars() {
-        match character.is_control() && character != '\n' {
+        match character.is_control() {
             true => safe.extend(character.escape_default()),
             false => safe.push(character),
         }
@@ -145,7 +151,7 @@ mod tests {
 
     #[test]
     fn messages_cannot_control_the_terminal() {
-        assert_eq!(printable("tensor `\x1b[2J\u{9b}x`"), "tensor `\\u{1b}[2J\\u{9b}x`");
+        assert_eq!(printable("tensor `\x1b[2J\u{9b}\n`"), "tensor `\\u{1b}[2J\\u{9b}\\n`");
     }
 
     #[test]
