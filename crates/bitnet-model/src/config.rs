@@ -30,6 +30,8 @@ pub struct ModelConfig {
     pub context_length: usize,
     /// Rows of the embedding; `None` where the file leaves it to the tensor.
     pub vocab_size: Option<usize>,
+    /// Whether the output head is the embedding, where the file says so; else the tensors tell.
+    pub tied: Option<bool>,
     /// Epsilon of every RMSNorm but those of the projections.
     pub norm_eps: f32,
     /// Added to every norm weight but those of the projections (1 in Gemma, whose files store
@@ -377,6 +379,20 @@ impl<'a> Hyperparameters<'a> {
     /// A finite positive number.
     pub fn float(&self, key: Key) -> Result<f32, Error> {
         self.optional_float(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// A truth value, if it is there.
+    pub fn optional_bool(&self, key: Key) -> Result<Option<bool>, Error> {
+        match self.source {
+            Source::Json(config) => match config.get(key.0) {
+                None | Some(Value::Null) => Ok(None),
+                Some(value) => match value.as_bool() {
+                    Some(value) => Ok(Some(value)),
+                    None => Err(self.error(key, format!("is {value}, neither true nor false"))),
+                },
+            },
+            Source::Gguf { metadata, .. } => metadata.get(&self.name(key)),
+        }
     }
 
     /// A text, if it is there.

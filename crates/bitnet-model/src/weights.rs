@@ -236,7 +236,15 @@ impl Loader<'_> {
             ));
         }
         let head_name = self.top_level(names.head);
-        if !self.tensors.contains(&head_name) {
+        let stored = self.tensors.contains(&head_name);
+        if !stored && self.config.tied == Some(false) && self.config.pooling.is_none() {
+            return Err(self.error(
+                &head_name,
+                "is missing, but config.json says that the head is not the embedding",
+            ));
+        }
+        // A stored copy of a tied head is not looked at, as in transformers.
+        if !stored || self.config.tied == Some(true) {
             return Ok(Tables { embedding, head: None });
         }
         let head = self.table(names.head)?;

@@ -107,6 +107,10 @@ fn decoder(
         head_size,
         context_length: h.size(Key("max_position_embeddings", "context_length"))?,
         vocab_size: h.optional_size(Key("vocab_size", "vocab_size"))?,
+        tied: match h.is_gguf() {
+            true => None,
+            false => h.optional_bool(Key("tie_word_embeddings", ""))?,
+        },
         norm_eps: h.float(Key("rms_norm_eps", "attention.layer_norm_rms_epsilon"))?,
         norm_offset: 0.0,
         activation: stated_activation(h)?.unwrap_or(activation),
