@@ -140,6 +140,10 @@ pub fn generate(
         if stop.matched().is_none() {
             rest.push_str(&stop.finish());
         }
+        // The end of the text can complete a match that more text might have outdone.
+        if stop.matched().is_some() && generation.finish_reason == FinishReason::Length {
+            generation.finish_reason = FinishReason::Stop;
+        }
         generation.text.push_str(&rest);
         if !rest.is_empty() && generation.finish_reason != FinishReason::Cancelled {
             // Nothing follows, so the answer does not matter.
