@@ -126,6 +126,7 @@ impl<B: Backend> Sequence<B> {
             }
             self.kv = larger;
             self.capacity_blocks = capacity;
+            self.blocks.reserve(capacity - self.blocks.len());
         }
         self.blocks.extend(self.blocks.len() as u32..needed as u32);
         Ok(())
