@@ -331,7 +331,8 @@ impl<'a> Hyperparameters<'a> {
         self.error(key, "is missing: the model cannot be described without it")
     }
 
-    fn number(&self, key: Key) -> Result<Option<f64>, Error> {
+    /// A number, if it is there.
+    pub(crate) fn number(&self, key: Key) -> Result<Option<f64>, Error> {
         match self.source {
             Source::Json(config) => match config.get(key.0) {
                 None | Some(Value::Null) => Ok(None),
@@ -348,6 +349,18 @@ impl<'a> Hyperparameters<'a> {
                 Some(gguf::Value::F64(number)) => Ok(Some(*number)),
                 Some(_) => Err(self.error(key, "is not a number")),
             },
+        }
+    }
+
+    /// A truth value, if it is there.
+    pub(crate) fn truth(&self, key: Key) -> Result<Option<bool>, Error> {
+        match self.source {
+            Source::Json(config) => match config.get(key.0) {
+                None | Some(Value::Null) => Ok(None),
+                Some(Value::Bool(value)) => Ok(Some(*value)),
+                Some(value) => Err(self.error(key, format!("is {value}, not true or false"))),
+            },
+            Source::Gguf { metadata, .. } => metadata.get(&self.name(key)),
         }
     }
 

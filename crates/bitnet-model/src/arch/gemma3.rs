@@ -68,10 +68,6 @@ fn describe(h: &Hyperparameters<'_>, notes: &mut Vec<String>) -> Result<ModelCon
             "is true: only causal attention is supported",
         ));
     }
-    const SOFT_CAP: Key = Key("attn_logit_softcapping", "");
-    if h.optional_float(SOFT_CAP)?.is_some() {
-        return Err(h.error(SOFT_CAP, "is set: soft-capped attention is not supported"));
-    }
     if let Some(scalar) = h.optional_size(Key("query_pre_attn_scalar", ""))? {
         config.attention_scale = inverse_root(scalar);
     }
@@ -179,6 +175,7 @@ mod tests {
         for (extra, word) in [
             (r#", "use_bidirectional_attention": true"#, "causal"),
             (r#", "attn_logit_softcapping": 50.0"#, "soft-capped"),
+            (r#", "final_logit_softcapping": 30.0"#, "a soft cap on logits"),
             (r#", "layer_types": ["full_attention"]"#, "1 entries for 4 layers"),
         ] {
             let error = gemma(extra).unwrap_err().to_string();

@@ -20,6 +20,7 @@ fn describe(h: &Hyperparameters<'_>, _notes: &mut Vec<String>) -> Result<ModelCo
     }
     if h.is_gguf() {
         config.interleaved_rope_rows = true;
+        config.weights = WeightRule::Exact;
         config.precision = Precision::ByScale;
     } else if !apply_quantization(h, &mut config)? {
         config.weights = WeightRule::Exact;

@@ -57,6 +57,11 @@ pub fn known_names() -> String {
     names.join(", ")
 }
 
+/// Widest rows and most layers of a description. Sizes and memory needs made of extents below these
+/// fit 64 bits.
+const WIDEST: usize = 1 << 24;
+const MOST_LAYERS: usize = 1000;
+
 /// What all these models share: a pre-norm Llama decoder with plain causal attention.
 fn decoder(
     h: &Hyperparameters<'_>,
@@ -68,6 +73,7 @@ fn decoder(
     const HEAD_SIZE: Key = Key("head_dim", "attention.key_length");
     const HIDDEN: Key = Key("hidden_size", "embedding_length");
     const LAYERS: Key = Key("num_hidden_layers", "block_count");
+    const INTERMEDIATE: Key = Key("intermediate_size", "feed_forward_length");
 
     let hidden_size = h.size(HIDDEN)?;
     let heads = h.size(HEADS)?;
@@ -95,13 +101,23 @@ fn decoder(
         ));
     }
     let layers = h.size(LAYERS)?;
-    if layers > 10_000 {
+    if layers > MOST_LAYERS {
         return Err(h.error(LAYERS, format!("is {layers}: no model has that many layers")));
     }
+    let intermediate_size = h.size(INTERMEDIATE)?;
+    for (key, width) in
+        [(HIDDEN, hidden_size), (INTERMEDIATE, intermediate_size), (HEADS, heads * head_size)]
+    {
+        if width > WIDEST {
+            return Err(h.error(key, format!("makes rows of {width}: no model is that wide")));
+        }
+    }
+    let attention_scale = inverse_root(head_size);
+    refuse_unsupported(h, attention_scale)?;
     Ok(ModelConfig {
         architecture,
         hidden_size,
-        intermediate_size: h.size(Key("intermediate_size", "feed_forward_length"))?,
+        intermediate_size,
         heads,
         kv_heads,
         head_size,
@@ -116,7 +132,7 @@ fn decoder(
         activation: stated_activation(h)?.unwrap_or(activation),
         precision: Precision::Known(ActivationPrecision::Int8),
         embedding_scale: 1.0,
-        attention_scale: inverse_root(head_size),
+        attention_scale,
         ropes: vec![rope(h)?],
         layers: vec![LayerConfig { rope: 0, window: None }; layers],
         sub_norms: false,
@@ -128,6 +144,30 @@ fn decoder(
         names: if h.is_gguf() { TensorNames::GGUF } else { TensorNames::HUGGING_FACE },
         pooling: None,
     })
+}
+
+/// Settings that change the result and that nothing here computes: each must be absent or have the
+/// value that changes nothing.
+fn refuse_unsupported(h: &Hyperparameters<'_>, attention_scale: f32) -> Result<(), Error> {
+    let numbers = [
+        (Key("partial_rotary_factor", ""), 1.0, "partial rotation"),
+        (Key("attn_logit_softcapping", "attn_logit_softcapping"), 0.0, "soft-capped attention"),
+        (Key("final_logit_softcapping", "final_logit_softcapping"), 0.0, "a soft cap on logits"),
+        (Key("", "attention.scale"), attention_scale, "another scale of attention"),
+        (Key("", "logit_scale"), 1.0, "a factor on logits"),
+    ];
+    for (key, neutral, what) in numbers {
+        if let Some(value) = h.number(key)?
+            && value as f32 != neutral
+        {
+            return Err(h.error(key, format!("is {value}: {what} is not supported")));
+        }
+    }
+    const CAUSAL: Key = Key("is_causal", "attention.causal");
+    if h.truth(CAUSAL)? == Some(false) {
+        return Err(h.error(CAUSAL, "is false: only causal attention is supported"));
+    }
+    Ok(())
 }
 
 /// `1 / sqrt(size)`, rounded once.
@@ -160,12 +200,18 @@ fn stated_activation(h: &Hyperparameters<'_>) -> Result<Option<Activation>, Erro
 fn rope(h: &Hyperparameters<'_>) -> Result<Rope, Error> {
     let Some(config) = h.json() else {
         let theta = h.float(Key("", "rope.freq_base"))?;
+        const FACTOR: Key = Key("", "rope.scaling.factor");
         let scaling = match h.optional_text(Key("", "rope.scaling.type"))? {
-            None | Some("none") => RopeScaling::None,
-            Some("linear") => {
-                RopeScaling::Linear { factor: h.float(Key("", "rope.scaling.factor"))? }
-            }
+            Some("none") => RopeScaling::None,
+            Some("linear") => RopeScaling::Linear { factor: h.float(FACTOR)? },
             Some(other) => return Err(unsupported_scaling(h, other)),
+            // A factor alone means linear scaling (llama.cpp's default), also under its older name.
+            None => {
+                let older = h.optional_float(Key("", "rope.scale_linear"))?;
+                h.optional_float(FACTOR)?
+                    .or(older)
+                    .map_or(RopeScaling::None, |factor| RopeScaling::Linear { factor })
+            }
         };
         return Ok(Rope { theta, scaling });
     };
@@ -198,6 +244,10 @@ fn rope_scaling(h: &Hyperparameters<'_>, scaling: &Value) -> Result<RopeScaling,
         None => inner.optional_text(Key("type", ""))?,
     };
     match kind {
+        None if !scaling.is_object() || scaling.get("factor").is_some() => Err(h.error(
+            Key("rope_scaling", ""),
+            format!("is {scaling}: it must be an object with a `rope_type`"),
+        )),
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear { factor: inner.float(Key("factor", ""))? }),
         Some("llama3") => Ok(RopeScaling::Llama3 {
@@ -308,6 +358,11 @@ mod tests {
             (r#", "attention_bias": true"#, "attention_bias"),
             (r#", "num_key_value_heads": 3"#, "3"),
             (r#", "head_dim": 15"#, "even"),
+            (r#", "rope_scaling": {"factor": 4.0}"#, "rope_type"),
+            (r#", "rope_scaling": "linear""#, "rope_type"),
+            (r#", "partial_rotary_factor": 0.5"#, "partial rotation"),
+            (r#", "is_causal": false"#, "causal"),
+            (r#", "head_dim": 2147483646"#, "no model is that wide"),
             (
                 r#", "quantization_config": {"quant_method": "bitnet",
                 "modules_to_not_convert": ["model.layers.0"]}"#,
@@ -316,6 +371,89 @@ mod tests {
         ] {
             let error = llama(extra).unwrap_err().to_string();
             assert!(error.contains(word), "{extra}: {error}");
+        }
+    }
+
+    /// A GGUF file of nothing but metadata that describes a small Llama, and what is added to it.
+    fn llama_gguf(added: &[(&str, Added<'_>)]) -> Result<ModelConfig, Error> {
+        let sizes = [
+            ("embedding_length", 64),
+            ("feed_forward_length", 96),
+            ("block_count", 2),
+            ("attention.head_count", 4),
+            ("context_length", 128),
+        ];
+        let floats = [("attention.layer_norm_rms_epsilon", 1e-5), ("rope.freq_base", 10_000.0)];
+        let entries: Vec<(&str, Added<'_>)> = sizes
+            .iter()
+            .map(|&(key, size)| (key, Added::Size(size)))
+            .chain(floats.iter().map(|&(key, float)| (key, Added::Float(float))))
+            .chain(added.iter().copied())
+            .collect();
+        let text = |text: &str| [&(text.len() as u64).to_le_bytes(), text.as_bytes()].concat();
+        let mut bytes = b"GGUF".to_vec();
+        bytes.extend(3u32.to_le_bytes());
+        bytes.extend(0u64.to_le_bytes());
+        bytes.extend((entries.len() as u64).to_le_bytes());
+        for (key, value) in entries {
+            bytes.extend(text(&format!("llama.{key}")));
+            let (kind, value) = match value {
+                Added::Size(value) => (4u32, value.to_le_bytes().to_vec()),
+                Added::Float(value) => (6, value.to_le_bytes().to_vec()),
+                Added::Truth(value) => (7, vec![u8::from(value)]),
+                Added::Text(value) => (8, text(value)),
+            };
+            bytes.extend(kind.to_le_bytes());
+            bytes.extend(value);
+        }
+        let path = Path::new("m.gguf");
+        let file = crate::formats::gguf::from_bytes(bytes.into(), path).unwrap();
+        let h = Hyperparameters::from_gguf(path, &file.metadata, "llama", &file.tensors);
+        (llama::ARCHITECTURE.describe)(&h, &mut Vec::new())
+    }
+
+    #[derive(Clone, Copy)]
+    enum Added<'a> {
+        Size(u32),
+        Float(f32),
+        Truth(bool),
+        Text(&'a str),
+    }
+
+    #[test]
+    fn float_weights_of_a_llama_in_a_gguf_file_must_be_ternary_already() {
+        assert_eq!(llama_gguf(&[]).unwrap().weights, WeightRule::Exact);
+    }
+
+    #[test]
+    fn metadata_of_a_gguf_file_that_changes_the_result_is_refused_unless_it_is_neutral() {
+        for (key, neutral, other) in [
+            ("attention.scale", Added::Float(0.25), Added::Float(0.5)),
+            ("attention.causal", Added::Truth(true), Added::Truth(false)),
+            ("final_logit_softcapping", Added::Float(0.0), Added::Float(30.0)),
+            ("logit_scale", Added::Float(1.0), Added::Float(0.5)),
+            ("rope.dimension_count", Added::Size(16), Added::Size(8)),
+            ("rope.scaling.type", Added::Text("none"), Added::Text("yarn")),
+        ] {
+            assert_eq!(llama_gguf(&[(key, neutral)]).unwrap(), llama_gguf(&[]).unwrap());
+            let error = llama_gguf(&[(key, other)]).unwrap_err().to_string();
+            assert!(error.contains(&format!("`llama.{key}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_rope_factor_without_a_type_scales_linearly_as_in_llama_cpp() {
+        let linear = RopeScaling::Linear { factor: 4.0 };
+        let factor = ("rope.scaling.factor", Added::Float(4.0));
+        let older = ("rope.scale_linear", Added::Float(4.0));
+        let typed = |kind| ("rope.scaling.type", Added::Text(kind));
+        for (added, scaling) in [
+            (vec![factor], linear),
+            (vec![older], linear),
+            (vec![typed("linear"), factor], linear),
+            (vec![typed("none"), factor], RopeScaling::None),
+        ] {
+            assert_eq!(llama_gguf(&added).unwrap().ropes[0].scaling, scaling);
         }
     }
 

@@ -28,6 +28,7 @@ fn describe(h: &Hyperparameters<'_>, _notes: &mut Vec<String>) -> Result<ModelCo
     embedding_backbone(h, &mut config)?;
     if config.projection_norm_eps.is_none() {
         if h.is_gguf() {
+            config.weights = WeightRule::Exact;
             config.precision = Precision::ByScale;
         } else if !apply_quantization(h, &mut config)? {
             config.weights = WeightRule::Exact;
