@@ -154,6 +154,14 @@ pub fn matrix_by_name(
     loader.stored_matrix(module, rows, cols)
 }
 
+/// Whether all weights that are not zero have one magnitude, in whatever form their scales are:
+/// float files give one per row, and rows of zeros give 0.
+fn has_one_scale(scale: &WeightScale) -> bool {
+    let mut values = scale.values().iter().filter(|&&value| value != 0.0);
+    let first = values.next();
+    values.all(|value| Some(value) == first)
+}
+
 struct Loader<'a> {
     path: &'a Path,
     config: &'a ModelConfig,
@@ -320,11 +328,10 @@ impl Loader<'_> {
             Precision::Known(precision) => Ok(precision),
             Precision::ByScale => {
                 let down = self.matrix(0, c.names.down, c.hidden_size, c.intermediate_size)?;
-                let (precision, word, reason) = match down.scale() {
-                    WeightScale::Multiply(_) | WeightScale::Divide(_) => {
-                        (ActivationPrecision::Int8, "int8", "one scale")
-                    }
-                    _ => (ActivationPrecision::F32, "f32", "several scales"),
+                let (precision, word, reason) = if has_one_scale(down.scale()) {
+                    (ActivationPrecision::Int8, "int8", "one scale")
+                } else {
+                    (ActivationPrecision::F32, "f32", "several scales")
                 };
                 notes.push(format!(
                     "the file does not say how inputs are quantised: {word} is used because each \
@@ -512,5 +519,18 @@ impl Loader<'_> {
                 ),
             )),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_scales_of_all_rows_are_one_scale() {
+        assert!(has_one_scale(&WeightScale::Multiply(0.5)));
+        assert!(has_one_scale(&WeightScale::Rows(vec![0.5, 0.0, 0.5])));
+        assert!(!has_one_scale(&WeightScale::Rows(vec![0.5, 0.25])));
+        assert!(!has_one_scale(&WeightScale::Groups { len: 4, values: vec![0.5, 0.0, 0.25] }));
     }
 }
