@@ -352,18 +352,6 @@ impl<'a> Hyperparameters<'a> {
         }
     }
 
-    /// A truth value, if it is there.
-    pub(crate) fn truth(&self, key: Key) -> Result<Option<bool>, Error> {
-        match self.source {
-            Source::Json(config) => match config.get(key.0) {
-                None | Some(Value::Null) => Ok(None),
-                Some(Value::Bool(value)) => Ok(Some(*value)),
-                Some(value) => Err(self.error(key, format!("is {value}, not true or false"))),
-            },
-            Source::Gguf { metadata, .. } => metadata.get(&self.name(key)),
-        }
-    }
-
     /// A positive count, if it is there.
     pub fn optional_size(&self, key: Key) -> Result<Option<usize>, Error> {
         // Larger than any model's extent, small enough that products of two fit 64 bits.

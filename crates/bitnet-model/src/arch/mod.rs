@@ -164,7 +164,7 @@ fn refuse_unsupported(h: &Hyperparameters<'_>, attention_scale: f32) -> Result<(
         }
     }
     const CAUSAL: Key = Key("is_causal", "attention.causal");
-    if h.truth(CAUSAL)? == Some(false) {
+    if h.optional_bool(CAUSAL)? == Some(false) {
         return Err(h.error(CAUSAL, "is false: only causal attention is supported"));
     }
     Ok(())
