@@ -246,20 +246,6 @@ pub(crate) unsafe trait Partition: Sync {
     unsafe fn part(&self, index: usize) -> Self::Part;
 }
 
-/// Parts that are plain numbers below the one given.
-// SAFETY: there is nothing mutable in a number.
-unsafe impl Partition for usize {
-    type Part = usize;
-
-    fn parts(&self) -> usize {
-        *self
-    }
-
-    unsafe fn part(&self, index: usize) -> usize {
-        index
-    }
-}
-
 /// Consecutive pieces of a slice, each of the same length but the last, which may be shorter.
 pub(crate) struct Chunks<'a, T> {
     start: *mut T,
@@ -414,6 +400,20 @@ unsafe impl<A: Partition, B: Partition> Partition for (A, B) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Parts that are plain numbers below the one given.
+    // SAFETY: there is nothing mutable in a number.
+    unsafe impl Partition for usize {
+        type Part = usize;
+
+        fn parts(&self) -> usize {
+            *self
+        }
+
+        unsafe fn part(&self, index: usize) -> usize {
+            index
+        }
+    }
 
     #[test]
     fn every_part_is_computed_once_by_any_number_of_threads() {
