@@ -1,7 +1,7 @@
 //! Random numbers for sampling: a function of (seed, position in the output, draw), with no state.
 //!
-//! Batching, preemption and speculation visit positions in any order, and more than once; with no
-//! state to advance they cannot shift a number. The function is Philox4x32-10 (Salmon, Moraes,
+//! Positions can be visited in any order, and more than once: with no state to advance, nothing
+//! shifts a number. The function is Philox4x32-10 (Salmon, Moraes,
 //! Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011): the seed is its key, the
 //! position and the draw are its counter. It is written out here so that a seed gives the same
 //! tokens in every release.

@@ -1,7 +1,7 @@
 //! From logits to a token: penalties, filters and the draw.
 //!
 //! This file knows logits and token ids, no model and no text. [`Chain`] applies [`Filter`]s in any
-//! order; [`SamplingParams`] is the fixed chain of the command line and the server; [`Sampler`]
+//! order; [`SamplingParams`] is the fixed chain of the command line; [`Sampler`]
 //! draws from what a chain leaves. Formulas, sources and the reasons for the order are in
 //! `docs/sampling.md`.
 
@@ -50,7 +50,7 @@ pub enum SampleError {
     LogprobsOfSomeLogits,
 }
 
-/// How to sample, as the command line and the server take it.
+/// How to sample, as the command line takes it.
 ///
 /// Every value starts out neutral, so the default is greedy. The filters apply in the order of the
 /// fields: bias, penalties, top-k, temperature, top-p, min-p, typical.
