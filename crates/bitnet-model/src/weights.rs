@@ -251,8 +251,12 @@ impl Loader<'_> {
                 "is missing, but config.json says that the head is not the embedding",
             ));
         }
-        // A stored copy of a tied head is not looked at, as in transformers.
-        if !stored || self.config.tied == Some(true) {
+        if !stored {
+            return Ok(Tables { embedding, head: None });
+        }
+        if self.config.tied == Some(true) {
+            // A stored copy of a tied head is known and not looked at, as in transformers.
+            self.find(&head_name)?;
             return Ok(Tables { embedding, head: None });
         }
         let head = self.table(names.head)?;
@@ -499,15 +503,17 @@ impl Loader<'_> {
         Ok(value[0])
     }
 
-    /// A layer tensor that the description does not know means that the description is wrong.
+    /// A tensor of a layer, the embedding, the head or the final norm that the description does not
+    /// know means that the description is wrong.
     fn refuse_unknown(&self) -> Result<(), Error> {
         let used = self.used.lock().expect("no panic while held");
-        let layers = self.config.names.layer;
+        let names = &self.config.names;
+        let modules = [names.layer, names.embedding, names.head, names.final_norm, "rope_freqs"];
         let unknown = self.tensors.names().find(|name| {
             let name_in_model = name.strip_prefix("model.").unwrap_or(name);
-            let in_layers = name_in_model.starts_with(&format!("{layers}."));
+            let module = name_in_model.split('.').next().unwrap_or(name_in_model);
             let harmless = name.ends_with("rotary_emb.inv_freq");
-            (in_layers || *name == "rope_freqs.weight") && !used.contains(*name) && !harmless
+            modules.contains(&module) && !used.contains(*name) && !harmless
         });
         match unknown {
             None => Ok(()),

@@ -254,11 +254,4 @@ fn the_configuration_says_whether_the_head_is_the_embedding() {
     assert!(weights::tables(&path, config, &checkpoint.tensors).unwrap().head.is_some());
     config.tied = Some(true);
     assert!(weights::tables(&path, config, &checkpoint.tensors).unwrap().head.is_none());
-
-    let path = tiny_model();
-    let mut checkpoint = source::open(path.to_str().unwrap()).unwrap();
-    let config = &mut checkpoint.description.config;
-    config.tied = Some(false);
-    let refused = weights::tables(&path, config, &checkpoint.tensors).err().unwrap().to_string();
-    assert!(refused.contains("lm_head.weight") && refused.contains("is missing"), "{refused}");
 }
