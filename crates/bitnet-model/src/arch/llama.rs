@@ -2,10 +2,9 @@
 //! Llama), and TriLM (weights that are ternary already, inputs left in f32).
 
 use bitnet_core::backend::{Activation, ActivationPrecision};
-use serde_json::Value;
 
 use super::{Architecture, apply_quantization, decoder};
-use crate::config::{Hyperparameters, Key, ModelConfig, Precision, WeightRule};
+use crate::config::{Hyperparameters, ModelConfig, Precision, WeightRule};
 use crate::error::Error;
 
 pub(super) const ARCHITECTURE: Architecture =
@@ -13,11 +12,6 @@ pub(super) const ARCHITECTURE: Architecture =
 
 fn describe(h: &Hyperparameters<'_>, _notes: &mut Vec<String>) -> Result<ModelConfig, Error> {
     let mut config = decoder(h, ARCHITECTURE.name, Activation::Silu)?;
-    for bias in ["attention_bias", "mlp_bias"] {
-        if h.json().and_then(|json| json.get(bias)) == Some(&Value::Bool(true)) {
-            return Err(h.error(Key(bias, ""), "is true: biases are not supported"));
-        }
-    }
     if h.is_gguf() {
         config.interleaved_rope_rows = true;
         config.weights = WeightRule::Exact;

@@ -163,6 +163,11 @@ fn refuse_unsupported(h: &Hyperparameters<'_>, attention_scale: f32) -> Result<(
             return Err(h.error(key, format!("is {value}: {what} is not supported")));
         }
     }
+    for bias in [Key("attention_bias", ""), Key("mlp_bias", "")] {
+        if h.optional_bool(bias)? == Some(true) {
+            return Err(h.error(bias, "is true: biases are not supported"));
+        }
+    }
     const CAUSAL: Key = Key("is_causal", "attention.causal");
     if h.optional_bool(CAUSAL)? == Some(false) {
         return Err(h.error(CAUSAL, "is false: only causal attention is supported"));
@@ -250,12 +255,19 @@ fn rope_scaling(h: &Hyperparameters<'_>, scaling: &Value) -> Result<RopeScaling,
         )),
         None | Some("default") => Ok(RopeScaling::None),
         Some("linear") => Ok(RopeScaling::Linear { factor: inner.float(Key("factor", ""))? }),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
-            factor: inner.float(Key("factor", ""))?,
-            low: inner.float(Key("low_freq_factor", ""))?,
-            high: inner.float(Key("high_freq_factor", ""))?,
-            original_context: inner.float(Key("original_max_position_embeddings", ""))?,
-        }),
+        Some("llama3") => {
+            const HIGH: Key = Key("high_freq_factor", "");
+            let (low, high) = (inner.float(Key("low_freq_factor", ""))?, inner.float(HIGH)?);
+            if high <= low {
+                return Err(h.error(HIGH, format!("is {high}: it must exceed low_freq_factor")));
+            }
+            Ok(RopeScaling::Llama3 {
+                factor: inner.float(Key("factor", ""))?,
+                low,
+                high,
+                original_context: inner.float(Key("original_max_position_embeddings", ""))?,
+            })
+        }
         Some(other) => Err(unsupported_scaling(h, other)),
     }
 }
@@ -297,8 +309,9 @@ fn apply_quantization(h: &Hyperparameters<'_>, config: &mut ModelConfig) -> Resu
             ));
         }
     };
-    if let Some(Value::Array(modules)) = quantization.get("modules_to_not_convert") {
-        for module in modules {
+    if let Some(modules) = quantization.get("modules_to_not_convert").filter(|m| !m.is_null()) {
+        // Anything but a list is shown as it is.
+        for module in modules.as_array().map_or(std::slice::from_ref(modules), Vec::as_slice) {
             if !matches!(module.as_str(), Some("lm_head" | "embed_tokens" | "model.embed_tokens")) {
                 return Err(h.error(
                     FIELD,
@@ -362,6 +375,16 @@ mod tests {
             (r#", "rope_scaling": "linear""#, "rope_type"),
             (r#", "partial_rotary_factor": 0.5"#, "partial rotation"),
             (r#", "is_causal": false"#, "causal"),
+            (
+                r#", "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 4.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}"#,
+                "must exceed",
+            ),
+            (
+                r#", "quantization_config": {"quant_method": "bitnet",
+                "modules_to_not_convert": "model.layers.0"}"#,
+                "layers.0",
+            ),
             (r#", "head_dim": 2147483646"#, "no model is that wide"),
             (
                 r#", "quantization_config": {"quant_method": "bitnet",
