@@ -111,13 +111,20 @@ impl<B: Backend> Sequence<B> {
         let needed = (self.length + tokens).div_ceil(BLOCK_TOKENS);
         if needed > self.capacity_blocks {
             let context_blocks = self.decoder.config().context_length.div_ceil(BLOCK_TOKENS);
-            let capacity = needed.max(2 * self.capacity_blocks).min(context_blocks);
             let backend = self.decoder.backend();
             let layout = self.decoder.kv_layout(self.kv_type, BLOCK_TOKENS);
-            bitnet_core::budget::require(
-                &format!("a context of {} tokens", capacity * BLOCK_TOKENS),
-                (layout.block_bytes() * capacity) as u64,
-            )?;
+            let fits = |blocks: usize| {
+                bitnet_core::budget::require(
+                    &format!("a context of {} tokens", blocks * BLOCK_TOKENS),
+                    (layout.block_bytes() * blocks) as u64,
+                )
+            };
+            let mut capacity = needed.max(2 * self.capacity_blocks).min(context_blocks);
+            if fits(capacity).is_err() {
+                // Where there is no room for twice as much, what is needed now has to do.
+                fits(needed)?;
+                capacity = needed;
+            }
             let mut larger = backend.kv_allocate(layout, capacity)?;
             // A block at a time, so that the copy needs no room of its own.
             for block in &self.blocks {
