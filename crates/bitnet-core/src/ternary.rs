@@ -165,14 +165,6 @@ impl TernaryMatrix {
     pub fn weight(&self, row: usize, col: usize) -> i8 {
         self.code(row, col) as i8 - 1
     }
-
-    /// The share of weights that are zero, 0 to 1.
-    pub fn zero_share(&self) -> f64 {
-        let zeros: usize = (0..self.rows)
-            .map(|row| (0..self.cols).filter(|&col| self.code(row, col) == 1).count())
-            .sum();
-        zeros as f64 / (self.rows * self.cols).max(1) as f64
-    }
 }
 
 #[cfg(test)]
