@@ -69,8 +69,10 @@ pub fn load<B: Backend>(
             .par_iter()
             .enumerate()
             .map(|(index, kind)| loader.layer(&backend, index, *kind, precision))
-            .collect::<Result<Vec<_>, _>>()
-    })?;
+            .collect::<Vec<_>>()
+    });
+    // The first layer's error is the one that is told, whichever thread was first.
+    let layers = layers.into_iter().collect::<Result<Vec<_>, _>>()?;
     loader.refuse_unknown()?;
     let inverse_frequencies =
         config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
