@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use crate::error::Error;
 use crate::tensor::Tensor;
-use crate::ternary::TernaryMatrix;
+use crate::ternary::{LinearUse, TernaryMatrix, TiledMatrix};
 
 /// The non-linearity of a gated feed-forward network.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -169,6 +169,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
     fn load_linear(
         &self,
         matrix: &TernaryMatrix,
+        precision: ActivationPrecision,
+        usage: LinearUse,
+    ) -> Result<Self::Linear, Error>;
+    /// Loads a matrix that already lies in tiles. A mapped one stays mapped where the layout suits
+    /// the backend.
+    ///
+    /// # Errors
+    /// If the bytes do not fill the shape.
+    fn load_tiled(
+        &self,
+        matrix: &TiledMatrix,
         precision: ActivationPrecision,
     ) -> Result<Self::Linear, Error>;
     /// Loads an embedding or head: F32, F16, BF16, Q8_0, Q4_K or Q6_K `[vocabulary, hidden]`.

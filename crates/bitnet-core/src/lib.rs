@@ -18,4 +18,4 @@ pub use device::Device;
 pub use dtype::DType;
 pub use error::Error;
 pub use tensor::Tensor;
-pub use ternary::{TernaryMatrix, WeightScale};
+pub use ternary::{LinearUse, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};

@@ -1,4 +1,9 @@
 //! A ternary weight matrix with its scales: what every reader produces and every backend loads.
+//!
+//! [`TernaryMatrix`] is the neutral form that readers of other formats produce. [`TiledMatrix`] is a
+//! matrix that already lies as the CPU kernels read it, mapped from a file.
+
+use bytes::Bytes;
 
 use crate::error::Error;
 
@@ -164,6 +169,88 @@ impl TernaryMatrix {
     #[inline]
     pub fn weight(&self, row: usize, col: usize) -> i8 {
         self.code(row, col) as i8 - 1
+    }
+}
+
+/// How a linear layer is used, which decides how a backend lays its matrix out. It never changes a
+/// result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum LinearUse {
+    /// Every output is needed and most inputs are not zero.
+    Dense,
+    /// `up` of a gated network whose gate is often zero: outputs that meet a zero gate are not
+    /// needed.
+    SparseOutputs,
+    /// `down` of such a network: many inputs are zero.
+    SparseInputs,
+}
+
+/// In which order the words of tiles lie; `bitnet-quant`'s `packing::tile` describes both.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TileOrder {
+    /// Tile after tile: sixteen rows side by side.
+    Bands,
+    /// Row after row: each row's share of its tiles together.
+    Rows,
+}
+
+/// A ternary matrix in the layout of the CPU kernels, usually mapped from a file.
+#[derive(Debug, Clone)]
+pub struct TiledMatrix {
+    rows: usize,
+    cols: usize,
+    scale: WeightScale,
+    order: TileOrder,
+    tiles: Bytes,
+    columns: Option<Bytes>,
+}
+
+impl TiledMatrix {
+    /// Puts a matrix together. `columns` is a second copy, column after column, for matrices that
+    /// meet many zero inputs. A backend checks the lengths of the bytes when it loads the matrix.
+    ///
+    /// # Errors
+    /// If the scales do not fit the shape or are not usable numbers.
+    pub fn new(
+        rows: usize,
+        cols: usize,
+        scale: WeightScale,
+        order: TileOrder,
+        tiles: Bytes,
+        columns: Option<Bytes>,
+    ) -> Result<Self, Error> {
+        scale.check(rows, cols)?;
+        Ok(TiledMatrix { rows, cols, scale, order, tiles, columns })
+    }
+
+    /// Output features.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Input features.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// How sums become outputs.
+    pub fn scale(&self) -> &WeightScale {
+        &self.scale
+    }
+
+    /// How `tiles` lie.
+    pub fn order(&self) -> TileOrder {
+        self.order
+    }
+
+    /// The weights in tiles.
+    pub fn tiles(&self) -> &Bytes {
+        &self.tiles
+    }
+
+    /// The weights column after column, if there is such a copy.
+    pub fn columns(&self) -> Option<&Bytes> {
+        self.columns.as_ref()
     }
 }
 

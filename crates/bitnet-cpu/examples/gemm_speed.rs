@@ -7,7 +7,7 @@
 use std::time::Instant;
 
 use bitnet_core::backend::{ActivationPrecision, Backend, Norm};
-use bitnet_core::{Error, TernaryMatrix, WeightScale};
+use bitnet_core::{Error, LinearUse, TernaryMatrix, WeightScale};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 
 const ROWS: usize = 6912;
@@ -28,7 +28,7 @@ fn main() -> Result<(), Error> {
             let backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) })?;
             for precision in [ActivationPrecision::Int8, ActivationPrecision::F32] {
                 let linears: Vec<_> = (0..MATRICES)
-                    .map(|_| backend.load_linear(&matrix, precision))
+                    .map(|_| backend.load_linear(&matrix, precision, LinearUse::Dense))
                     .collect::<Result<_, _>>()?;
                 for tokens in [1, 4, 8, 64, 256] {
                     let gmacs = measure(&backend, &linears, tokens, seconds)?;

@@ -3,7 +3,8 @@
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, Norm, Span,
 };
-use bitnet_core::{DType, Error, Tensor, TernaryMatrix, budget};
+use bitnet_core::{DType, Error, LinearUse, Tensor, TernaryMatrix, TiledMatrix, budget};
+use bitnet_quant::packing::tile;
 
 use crate::buffer::Buffer;
 use crate::dispatch::{Isa, unavailable};
@@ -97,6 +98,15 @@ impl Backend for CpuBackend {
     fn load_linear(
         &self,
         matrix: &TernaryMatrix,
+        precision: ActivationPrecision,
+        usage: LinearUse,
+    ) -> Result<Linear, Error> {
+        Linear::new(&tile::tiled(matrix, precision, usage, false)?, precision)
+    }
+
+    fn load_tiled(
+        &self,
+        matrix: &TiledMatrix,
         precision: ActivationPrecision,
     ) -> Result<Linear, Error> {
         Linear::new(matrix, precision)

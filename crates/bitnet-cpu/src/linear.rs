@@ -1,7 +1,7 @@
 //! A ternary matrix as the kernels want it.
 
 use bitnet_core::backend::ActivationPrecision;
-use bitnet_core::{DType, Error, TernaryMatrix, WeightScale};
+use bitnet_core::{DType, Error, TiledMatrix, WeightScale};
 use bitnet_quant::packing::tile;
 use bytes::Bytes;
 
@@ -15,7 +15,7 @@ const MOST_COLUMNS: usize = (i32::MAX / 256) as usize;
 pub struct Linear {
     rows: usize,
     cols: usize,
-    /// See [`bitnet_quant::packing::tile`]; starts on a cache line.
+    /// See [`bitnet_quant::packing::tile`].
     tiles: Bytes,
     pub(crate) scale: Scale,
     pub(crate) precision: ActivationPrecision,
@@ -35,23 +35,16 @@ pub(crate) enum Scale {
 }
 
 impl Linear {
-    pub(crate) fn new(
-        matrix: &TernaryMatrix,
-        precision: ActivationPrecision,
-    ) -> Result<Self, Error> {
+    pub(crate) fn new(matrix: &TiledMatrix, precision: ActivationPrecision) -> Result<Self, Error> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
-        let refused = |reason: &str| Error::TensorShape {
-            dtype: DType::I8,
-            shape: vec![rows, cols],
-            reason: reason.to_owned(),
-        };
         if cols > MOST_COLUMNS {
-            return Err(refused("sums of so many products do not fit 32 bits"));
+            return Err(Error::TensorShape {
+                dtype: DType::I8,
+                shape: vec![rows, cols],
+                reason: "sums of so many products do not fit 32 bits".to_owned(),
+            });
         }
-        let len = tile::byte_len(rows, cols).ok_or_else(|| refused("its size overflows"))?;
-        let mut bytes = vec![0; len + tile::BYTES];
-        let start = bytes.as_ptr().align_offset(tile::BYTES);
-        tile::pack(matrix, &mut bytes[start..start + len]);
+        tile::check_len(matrix)?;
         let scale = match matrix.scale() {
             WeightScale::Multiply(scale) => Scale::Multiply(*scale),
             WeightScale::Divide(scale) => Scale::Divide(*scale),
@@ -69,8 +62,7 @@ impl Linear {
                 Scale::Groups { len: *len, values }
             }
         };
-        let tiles = Bytes::from(bytes).slice(start..start + len);
-        Ok(Linear { rows, cols, tiles, scale, precision })
+        Ok(Linear { rows, cols, tiles: matrix.tiles().clone(), scale, precision })
     }
 
     /// Output features.

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::sync::Mutex;
 
-use bitnet_core::backend::{ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
-use bitnet_core::{DType, Tensor, TernaryMatrix, WeightScale, budget};
+use bitnet_core::backend::{Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
+use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, WeightScale, budget};
 use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout};
 use bitnet_quant::ternary;
 use rayon::prelude::*;
@@ -359,7 +359,15 @@ impl Loader<'_> {
         let n = &c.names;
         let attention = c.heads * c.head_size;
         let kv = c.kv_heads * c.head_size;
-        let linear = |name, rows, cols| self.linear(backend, index, name, rows, cols, precision);
+        let used = |usage, name, rows, cols| {
+            self.linear(backend, index, name, [rows, cols], precision, usage)
+        };
+        let linear = |name, rows, cols| used(LinearUse::Dense, name, rows, cols);
+        // The square of a negative gate is exactly zero.
+        let (up_use, down_use) = match c.activation {
+            Activation::Relu2 => (LinearUse::SparseOutputs, LinearUse::SparseInputs),
+            Activation::Silu | Activation::GeluTanh => (LinearUse::Dense, LinearUse::Dense),
+        };
         let norm = |name, len| self.layer_norm(backend, index, name, len);
         let optional = |wanted: bool, name, len| wanted.then(|| norm(name, len)).transpose();
         Ok(Layer {
@@ -376,8 +384,8 @@ impl Loader<'_> {
             ffn_norm: norm(n.ffn_norm, c.hidden_size)?,
             ffn: GatedFfn {
                 gate: linear(n.gate, c.intermediate_size, c.hidden_size)?,
-                up: linear(n.up, c.intermediate_size, c.hidden_size)?,
-                down: linear(n.down, c.hidden_size, c.intermediate_size)?,
+                up: used(up_use, n.up, c.intermediate_size, c.hidden_size)?,
+                down: used(down_use, n.down, c.hidden_size, c.intermediate_size)?,
                 activation: c.activation,
                 sub_norm: optional(c.sub_norms, n.ffn_sub_norm, c.intermediate_size)?,
             },
@@ -390,9 +398,9 @@ impl Loader<'_> {
         backend: &B,
         layer: usize,
         name: &str,
-        rows: usize,
-        cols: usize,
+        [rows, cols]: [usize; 2],
         precision: ActivationPrecision,
+        usage: LinearUse,
     ) -> Result<BitLinear<B>, Error> {
         let norm = match self.config.projection_norm_eps {
             None => None,
@@ -403,7 +411,7 @@ impl Loader<'_> {
             }
         };
         let matrix = self.matrix(layer, name, rows, cols)?;
-        Ok(BitLinear { weight: backend.load_linear(&matrix, precision)?, norm })
+        Ok(BitLinear { weight: backend.load_linear(&matrix, precision, usage)?, norm })
     }
 
     /// One ternary matrix, from whatever the checkpoint stores for it.

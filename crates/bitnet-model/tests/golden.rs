@@ -5,8 +5,8 @@ mod support;
 
 use std::path::{Path, PathBuf};
 
-use bitnet_core::DType;
 use bitnet_core::backend::{ActivationPrecision, Backend};
+use bitnet_core::{DType, LinearUse};
 use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::decoder::Decoder;
 use bitnet_model::source;
@@ -159,7 +159,8 @@ fn check_linears(name: &str, golden: &GoldenModel, path: &Path) {
             }
         }
         let backend = ReferenceBackend;
-        let linear = backend.load_linear(&matrix, ActivationPrecision::Int8).unwrap();
+        let linear =
+            backend.load_linear(&matrix, ActivationPrecision::Int8, LinearUse::Dense).unwrap();
         let mut x = backend.buffer(scales.len(), cols).unwrap();
         backend.write(&mut x, cols, &input);
         let mut out = backend.buffer(scales.len(), rows).unwrap();

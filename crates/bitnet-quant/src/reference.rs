@@ -5,11 +5,11 @@ use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, KvType, Norm, Span,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
-use bitnet_core::{Error, Tensor, TernaryMatrix, WeightScale};
+use bitnet_core::{Error, LinearUse, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
 use half::f16;
 
 use crate::activation::{QuantizedRow, quantize_row};
-use crate::packing::blocks::decode_row;
+use crate::packing::{blocks::decode_row, tile};
 
 /// The scalar reference backend.
 #[derive(Debug, Default, Clone, Copy)]
@@ -204,8 +204,17 @@ impl Backend for ReferenceBackend {
         &self,
         matrix: &TernaryMatrix,
         precision: ActivationPrecision,
+        _usage: LinearUse,
     ) -> Result<Linear, Error> {
         Ok(Linear { matrix: matrix.clone(), precision })
+    }
+
+    fn load_tiled(
+        &self,
+        matrix: &TiledMatrix,
+        precision: ActivationPrecision,
+    ) -> Result<Linear, Error> {
+        Ok(Linear { matrix: tile::untiled(matrix)?, precision })
     }
 
     fn load_table(&self, table: &Tensor) -> Result<Tensor, Error> {

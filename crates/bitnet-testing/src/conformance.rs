@@ -9,7 +9,7 @@ use bitnet_core::backend::{
     KvType, Norm, Scratch, Span,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
-use bitnet_core::{DType, Tensor, TernaryMatrix, WeightScale};
+use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, WeightScale};
 use bitnet_quant::reference::ReferenceBackend;
 
 use crate::random::Random;
@@ -165,10 +165,12 @@ impl<B: Backend> Pair<'_, B> {
         let x = self.buffer(tokens + 1, cols, &values);
         let (ours, theirs) = self.norm(random, cols);
         let mut out = self.unwritten(tokens, rows);
-        let linear = self.backend.load_linear(matrix, precision).expect("a linear");
+        let linear =
+            self.backend.load_linear(matrix, precision, LinearUse::Dense).expect("a linear");
         let norm = normed.then_some(&ours);
         self.backend.linears(&x.ours, tokens, norm, &[&linear], &mut [&mut out.ours]);
-        let linear = self.reference.load_linear(matrix, precision).expect("a linear");
+        let linear =
+            self.reference.load_linear(matrix, precision, LinearUse::Dense).expect("a linear");
         let norm = normed.then_some(&theirs);
         self.reference.linears(&x.theirs, tokens, norm, &[&linear], &mut [&mut out.theirs]);
         let scale = match matrix.scale() {
@@ -245,10 +247,14 @@ impl<B: Backend> Pair<'_, B> {
             let x = self.buffer(tokens, cols, &random.activations(tokens * cols));
             let mut outs: Vec<Both<B>> =
                 matrices.iter().map(|matrix| self.unwritten(tokens, matrix.rows())).collect();
-            let load = |j: usize, m| self.backend.load_linear(m, precision(j)).expect("a linear");
+            let load = |j: usize, m| {
+                self.backend.load_linear(m, precision(j), LinearUse::Dense).expect("a linear")
+            };
             let ours: Vec<B::Linear> =
                 matrices.iter().enumerate().map(|(j, m)| load(j, m)).collect();
-            let load = |j: usize, m| self.reference.load_linear(m, precision(j)).expect("a linear");
+            let load = |j: usize, m| {
+                self.reference.load_linear(m, precision(j), LinearUse::Dense).expect("a linear")
+            };
             let theirs: Vec<_> = matrices.iter().enumerate().map(|(j, m)| load(j, m)).collect();
             let (our_norm, their_norm) = self.norm(&mut random, cols);
             let (mut our_outs, mut their_outs): (Vec<_>, Vec<_>) =
@@ -273,11 +279,17 @@ impl<B: Backend> Pair<'_, B> {
                 let (our_norm, their_norm) = self.norm(&mut random, cols);
                 let precision = ActivationPrecision::Int8;
                 let ours = BitLinear::<B> {
-                    weight: self.backend.load_linear(&matrix, precision).expect("a linear"),
+                    weight: self
+                        .backend
+                        .load_linear(&matrix, precision, LinearUse::Dense)
+                        .expect("a linear"),
                     norm: own_norms.then_some(our_norm),
                 };
                 let theirs = BitLinear::<ReferenceBackend> {
-                    weight: self.reference.load_linear(&matrix, precision).expect("a linear"),
+                    weight: self
+                        .reference
+                        .load_linear(&matrix, precision, LinearUse::Dense)
+                        .expect("a linear"),
                     norm: own_norms.then_some(their_norm),
                 };
                 (ours, theirs)

@@ -24,7 +24,9 @@
 //! with four int8 activations broadcast to all lanes. Each 32-bit lane sums one row, and no
 //! horizontal sum is ever needed. Padding has the code 1 (weight 0).
 
-use bitnet_core::{Error, TernaryMatrix, WeightScale};
+use bitnet_core::backend::ActivationPrecision;
+use bitnet_core::{DType, Error, LinearUse, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};
+use bytes::Bytes;
 
 /// Rows of a tile: the height of a band.
 pub const ROWS: usize = 16;
@@ -73,6 +75,57 @@ pub fn pack(matrix: &TernaryMatrix, out: &mut [u8]) {
             }
         }
     }
+}
+
+/// Lays a matrix out for its use, starting on a cache line. With `copies`, a matrix that gains from
+/// it gets its second copy.
+///
+/// # Errors
+/// If the matrix is too large to lay out.
+pub fn tiled(
+    matrix: &TernaryMatrix,
+    _precision: ActivationPrecision,
+    _usage: LinearUse,
+    _copies: bool,
+) -> Result<TiledMatrix, Error> {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let len = byte_len(rows, cols).ok_or_else(|| Error::TensorShape {
+        dtype: DType::I8,
+        shape: vec![rows, cols],
+        reason: "its size overflows".to_owned(),
+    })?;
+    let mut bytes = vec![0; len + BYTES];
+    let start = bytes.as_ptr().align_offset(BYTES);
+    pack(matrix, &mut bytes[start..start + len]);
+    let tiles = Bytes::from(bytes).slice(start..start + len);
+    TiledMatrix::new(rows, cols, matrix.scale().clone(), TileOrder::Bands, tiles, None)
+}
+
+/// The neutral form of a matrix in tiles.
+///
+/// # Errors
+/// If the bytes do not fill the shape, or a weight is none of -1, 0 and +1.
+pub fn untiled(matrix: &TiledMatrix) -> Result<TernaryMatrix, Error> {
+    check_len(matrix)?;
+    unpack(matrix.rows(), matrix.cols(), matrix.tiles(), matrix.scale().clone())
+}
+
+/// Checks that a matrix in tiles has the bytes that its shape says.
+///
+/// # Errors
+/// If it has not.
+pub fn check_len(matrix: &TiledMatrix) -> Result<(), Error> {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let expected = byte_len(rows, cols).unwrap_or(usize::MAX);
+    if matrix.tiles().len() != expected {
+        return Err(Error::TensorSize {
+            dtype: DType::U8,
+            shape: vec![rows, cols],
+            expected,
+            found: matrix.tiles().len(),
+        });
+    }
+    Ok(())
 }
 
 /// The matrix that [`pack`] laid out.
