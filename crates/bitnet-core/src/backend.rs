@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::error::Error;
+use crate::shortcuts::ShortcutCounts;
 use crate::tensor::Tensor;
 use crate::ternary::{LinearUse, TernaryMatrix, TiledMatrix};
 
@@ -160,6 +161,10 @@ pub trait Backend: Send + Sync + Sized + 'static {
 
     /// Name for people, for instance `cpu (avx2, 2 threads)`.
     fn name(&self) -> String;
+    /// What shortcuts have saved so far; all zero for a backend that takes none.
+    fn shortcut_counts(&self) -> ShortcutCounts {
+        ShortcutCounts::default()
+    }
 
     // Memory.
 

@@ -11,11 +11,13 @@ pub mod dtype;
 pub mod error;
 pub mod mmap;
 pub mod numerics;
+pub mod shortcuts;
 pub mod tensor;
 pub mod ternary;
 
 pub use device::Device;
 pub use dtype::DType;
 pub use error::Error;
+pub use shortcuts::{ShortcutCounts, Shortcuts};
 pub use tensor::Tensor;
 pub use ternary::{LinearUse, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};

@@ -25,7 +25,11 @@ fn main() -> Result<(), Error> {
     println!("{:>8} {:>8} {:>10} {:>8} {:>8}", "isa", "threads", "precision", "tokens", "GMAC/s");
     for isa in Isa::detected() {
         for threads in [1, 2] {
-            let backend = CpuBackend::new(CpuOptions { threads: Some(threads), isa: Some(isa) })?;
+            let backend = CpuBackend::new(CpuOptions {
+                threads: Some(threads),
+                isa: Some(isa),
+                ..CpuOptions::default()
+            })?;
             for precision in [ActivationPrecision::Int8, ActivationPrecision::F32] {
                 let linears: Vec<_> = (0..MATRICES)
                     .map(|_| backend.load_linear(&matrix, precision, LinearUse::Dense))

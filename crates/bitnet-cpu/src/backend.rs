@@ -3,7 +3,7 @@
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, Norm, Span,
 };
-use bitnet_core::{DType, Error, LinearUse, Tensor, TernaryMatrix, TiledMatrix, budget};
+use bitnet_core::{DType, Error, LinearUse, Shortcuts, Tensor, TernaryMatrix, TiledMatrix, budget};
 use bitnet_quant::packing::tile;
 
 use crate::buffer::Buffer;
@@ -16,18 +16,24 @@ use crate::threads::ThreadPool;
 /// More threads than any machine this runs on has cores; a larger number is a mistake.
 const MOST_THREADS: usize = 1024;
 
-/// How a [`CpuBackend`] computes. Neither option changes a result.
+/// How a [`CpuBackend`] computes. No option changes a result.
 #[derive(Debug, Default, Clone, Copy)]
 pub struct CpuOptions {
     /// Threads, the calling one included; `None`: one per physical core that this process may use.
     pub threads: Option<usize>,
     /// Instruction set; `None`: the best that this CPU has.
     pub isa: Option<Isa>,
+    /// Exact shortcuts that may be taken.
+    pub shortcuts: Shortcuts,
+    /// Keeps second copies of weights that make shortcuts possible, for models that bring none along.
+    /// Costs memory.
+    pub copies: bool,
 }
 
 /// Computes on the CPU.
 pub struct CpuBackend {
     compute: Compute,
+    copies: bool,
 }
 
 impl CpuBackend {
@@ -45,7 +51,7 @@ impl CpuBackend {
         }
         let pool = ThreadPool::new(threads)
             .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
-        Ok(CpuBackend { compute: Compute::new(kernels, pool) })
+        Ok(CpuBackend { compute: Compute::new(kernels, pool), copies: options.copies })
     }
 
     /// Threads that share each operation, the calling one included.
@@ -101,7 +107,7 @@ impl Backend for CpuBackend {
         precision: ActivationPrecision,
         usage: LinearUse,
     ) -> Result<Linear, Error> {
-        Linear::new(&tile::tiled(matrix, precision, usage, false)?, precision)
+        Linear::new(&tile::tiled(matrix, precision, usage, self.copies)?, precision)
     }
 
     fn load_tiled(

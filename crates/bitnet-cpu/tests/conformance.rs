@@ -10,7 +10,8 @@ fn conforms(isa: Isa) {
         return;
     }
     for threads in [1, 2, 3] {
-        let options = CpuOptions { threads: Some(threads), isa: Some(isa) };
+        let options =
+            CpuOptions { threads: Some(threads), isa: Some(isa), ..CpuOptions::default() };
         let backend = CpuBackend::new(options).unwrap();
         backend_matches_reference(&backend, &ReferenceBackend, Tolerance::Exact);
     }

@@ -2,8 +2,8 @@
 
 use std::sync::Arc;
 
-use bitnet_core::Device;
 use bitnet_core::Error as CoreError;
+use bitnet_core::{Device, Shortcuts};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_model::config::{ModelConfig, Pooling};
 use bitnet_model::source::{self, Description};
@@ -22,6 +22,10 @@ pub struct ModelOptions {
     pub threads: Option<usize>,
     /// Instruction set of the processor; `None` takes what `BITNET_ISA` says, or the best.
     pub isa: Option<Isa>,
+    /// Exact shortcuts that may be taken; `None` takes what `BITNET_SHORTCUTS` says, or all.
+    pub shortcuts: Option<Shortcuts>,
+    /// See [`CpuOptions::copies`].
+    pub copies: bool,
     /// What a file cannot say about itself.
     pub load: LoadOptions,
 }
@@ -52,7 +56,19 @@ impl Model {
             Some(isa) => Some(isa),
             None => Isa::from_env()?,
         };
-        let backend = CpuBackend::new(CpuOptions { threads: options.threads, isa })?;
+        let shortcuts = match options.shortcuts {
+            Some(shortcuts) => shortcuts,
+            None => Shortcuts::from_env().map_err(|error| CoreError::DeviceUnavailable {
+                device,
+                reason: error.to_string(),
+            })?,
+        };
+        let backend = CpuBackend::new(CpuOptions {
+            threads: options.threads,
+            isa,
+            shortcuts,
+            copies: options.copies,
+        })?;
         let mut description = checkpoint.description;
         let decoder = weights::load(
             backend,

@@ -196,7 +196,9 @@ fn a_sequence_gives_the_same_bits_alone_and_in_a_batch_of_eight_others() {
 
 fn load(path: &std::path::Path) -> Arc<Decoder<CpuBackend>> {
     let checkpoint = source::open(path.to_str().unwrap()).unwrap();
-    let backend = CpuBackend::new(CpuOptions { threads: Some(2), isa: None }).unwrap();
+    let backend =
+        CpuBackend::new(CpuOptions { threads: Some(2), isa: None, ..CpuOptions::default() })
+            .unwrap();
     let config = &checkpoint.description.config;
     let options = LoadOptions::default();
     let mut notes = Vec::new();

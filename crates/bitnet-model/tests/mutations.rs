@@ -199,7 +199,7 @@ fn load(checkpoint: Result<Checkpoint, bitnet_model::Error>) -> Result<(), Strin
 }
 
 fn cpu() -> CpuBackend {
-    CpuBackend::new(CpuOptions { threads: Some(1), isa: None }).unwrap()
+    CpuBackend::new(CpuOptions { threads: Some(1), isa: None, ..CpuOptions::default() }).unwrap()
 }
 
 fn load_gguf(bytes: &[u8]) -> Result<(), String> {

@@ -45,7 +45,11 @@ fn describe(device: Device) -> Result<DeviceInfo> {
         let instruction_sets = Vec::new();
         return Ok(DeviceInfo { device: name, available: false, description, instruction_sets });
     }
-    let cpu = CpuBackend::new(CpuOptions { threads: None, isa: Isa::from_env()? })?;
+    let cpu = CpuBackend::new(CpuOptions {
+        threads: None,
+        isa: Isa::from_env()?,
+        ..CpuOptions::default()
+    })?;
     Ok(DeviceInfo {
         device: name,
         available: true,

@@ -121,7 +121,11 @@ impl Report {
 }
 
 fn check_machine(report: &mut Report) -> Result<()> {
-    let cpu = CpuBackend::new(CpuOptions { threads: None, isa: Isa::from_env()? })?;
+    let cpu = CpuBackend::new(CpuOptions {
+        threads: None,
+        isa: Isa::from_env()?,
+        ..CpuOptions::default()
+    })?;
     let detected: Vec<String> = Isa::detected().iter().map(Isa::to_string).collect();
     let logical = std::thread::available_parallelism().map_or(1, usize::from);
     report.add("system", format!("{} on {}", std::env::consts::OS, std::env::consts::ARCH));

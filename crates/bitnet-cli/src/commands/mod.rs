@@ -73,8 +73,8 @@ fn model_options(args: &ModelArgs) -> ModelOptions {
     ModelOptions {
         device,
         threads: args.threads,
-        isa: None,
         load: LoadOptions { i2s_layout, precision },
+        ..ModelOptions::default()
     }
 }
 
