@@ -34,7 +34,7 @@ fn main() -> Result<(), Error> {
                 let linears: Vec<_> = (0..MATRICES)
                     .map(|_| backend.load_linear(&matrix, precision, LinearUse::Dense))
                     .collect::<Result<_, _>>()?;
-                for tokens in [1, 4, 8, 64, 256] {
+                for tokens in [1, 2, 4, 8, 16, 64, 128] {
                     let gmacs = measure(&backend, &linears, tokens, seconds)?;
                     println!(
                         "{:>8} {threads:>8} {:>10} {tokens:>8} {gmacs:>8.1}",

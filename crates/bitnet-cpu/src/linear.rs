@@ -26,7 +26,8 @@ pub struct Linear {
 pub(crate) enum Scale {
     Multiply(f32),
     Divide(f32),
-    Rows(Vec<f32>),
+    /// Scales `[bands]` of the sixteen rows of a band; rows of padding have 0.
+    Rows(Vec<[f32; tile::ROWS]>),
     /// Scales `[bands, groups]` of the sixteen rows of a band; rows of padding have 0.
     Groups {
         len: usize,
@@ -48,7 +49,11 @@ impl Linear {
         let scale = match matrix.scale() {
             WeightScale::Multiply(scale) => Scale::Multiply(*scale),
             WeightScale::Divide(scale) => Scale::Divide(*scale),
-            WeightScale::Rows(values) => Scale::Rows(values.clone()),
+            WeightScale::Rows(values) => {
+                let scale = |row: usize| values.get(row).copied().unwrap_or(0.0);
+                let band = |band| std::array::from_fn(|row| scale(band * tile::ROWS + row));
+                Scale::Rows((0..rows.div_ceil(tile::ROWS)).map(band).collect())
+            }
             WeightScale::Groups { len, values } => {
                 let groups = cols / len;
                 let scale = |band, group, row| {

@@ -1,6 +1,8 @@
 //! AVX2 with FMA and F16C: x86 CPUs since 2013.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
+use std::mem::MaybeUninit;
 
 use bitnet_quant::packing::blocks::f16_to_f32;
 
@@ -49,24 +51,169 @@ pub(super) fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
 /// never saturates.
 const TILES_PER_WIDENING: usize = 16;
 
+/// Tiles whose unpacked codes a block holds: 16 kB, which stay in the first-level cache.
+const TILES_PER_BLOCK: usize = 64;
+
+/// Tokens of one pass: their ten accumulators leave six registers for codes, activations and products.
+const TOKENS_PER_PASS: usize = 5;
+
+/// Tokens from which unpacking codes to memory costs less than unpacking them for each pass.
+const UNPACK_FROM: usize = 4 * TOKENS_PER_PASS;
+
 /// See [`Kernels::ternary_int8`].
 ///
 /// # Safety
 /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()` tokens `t`.
 #[target_feature(enable = "avx2")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
+    if acc.len() >= UNPACK_FROM {
+        // SAFETY: the same contract.
+        return unsafe { ternary_int8_unpacked(tiles, q.as_ptr(), stride, acc) };
+    }
     let mut start = q.as_ptr();
-    for group in acc.chunks_mut(4) {
+    // Passes of about the same size: one of few tokens costs more for each.
+    let passes = acc.len().div_ceil(TOKENS_PER_PASS).max(1);
+    let tokens = acc.len().div_ceil(passes).max(1);
+    for group in acc.chunks_mut(tokens) {
         // SAFETY: the elements are those of these tokens, by the contract of this function.
         unsafe {
             match group.len() {
+                5 => pass::<5>(tiles, start, stride, group),
                 4 => pass::<4>(tiles, start, stride, group),
                 3 => pass::<3>(tiles, start, stride, group),
                 2 => pass::<2>(tiles, start, stride, group),
                 _ => pass::<1>(tiles, start, stride, group),
             }
         }
-        start = start.wrapping_add(4 * stride);
+        start = start.wrapping_add(tokens * stride);
+    }
+}
+
+/// A tile with a byte per code: eight registers, two halves of the rows for each plane.
+type UnpackedTile = [[__m256i; 2]; 4];
+
+/// One band against many tokens: a block of columns is unpacked once, and then multiplied with all
+/// tokens, so that the multiplication is all that is left to do.
+///
+/// # Safety
+/// As for [`ternary_int8`].
+#[target_feature(enable = "avx2")]
+unsafe fn ternary_int8_unpacked(
+    tiles: &[Tile],
+    q: *const i8,
+    stride: usize,
+    acc: &mut [[i32; tile::ROWS]],
+) {
+    let mut codes = [const { MaybeUninit::<UnpackedTile>::uninit() }; TILES_PER_BLOCK];
+    for (block, tiles) in tiles.chunks(TILES_PER_BLOCK).enumerate() {
+        for (codes, tile) in codes.iter_mut().zip(tiles) {
+            codes.write(unpack(tile));
+        }
+        // SAFETY: as many as there are tiles were written.
+        let codes = unsafe { codes[..tiles.len()].assume_init_ref() };
+        let mut start = q.wrapping_add(block * TILES_PER_BLOCK * tile::COLS);
+        // Blocks and bands follow each other in memory. A block is as long as a page, at whose end
+        // the prefetcher of the CPU stops.
+        let mut next = tiles.as_ptr().wrapping_add(TILES_PER_BLOCK);
+        let ahead = TILES_PER_BLOCK.div_ceil(acc.len().div_ceil(TOKENS_PER_PASS));
+        for group in acc.chunks_mut(TOKENS_PER_PASS) {
+            for _ in 0..ahead {
+                prefetch(next);
+                next = next.wrapping_add(1);
+            }
+            // SAFETY: the elements are those of these tokens and columns, by the contract.
+            unsafe {
+                match group.len() {
+                    5 => unpacked_pass::<5>(codes, start, stride, group),
+                    4 => unpacked_pass::<4>(codes, start, stride, group),
+                    3 => unpacked_pass::<3>(codes, start, stride, group),
+                    2 => unpacked_pass::<2>(codes, start, stride, group),
+                    _ => unpacked_pass::<1>(codes, start, stride, group),
+                }
+            }
+            start = start.wrapping_add(TOKENS_PER_PASS * stride);
+        }
+    }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+fn unpack(tile: &Tile) -> UnpackedTile {
+    let mask = _mm256_set1_epi8(3);
+    // SAFETY: a tile has 64 bytes.
+    let rows = unsafe {
+        let start = tile.as_ptr().cast::<__m256i>();
+        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
+    };
+    // Bits that cross a byte are masked off: a plane is at most at bit 6 of its byte.
+    [
+        rows.map(|rows| _mm256_and_si256(rows, mask)),
+        rows.map(|rows| _mm256_and_si256(_mm256_srli_epi16::<2>(rows), mask)),
+        rows.map(|rows| _mm256_and_si256(_mm256_srli_epi16::<4>(rows), mask)),
+        rows.map(|rows| _mm256_and_si256(_mm256_srli_epi16::<6>(rows), mask)),
+    ]
+}
+
+/// `_mm256_add_epi16` that stays where it is: the compiler takes sums of several planes together
+/// otherwise, for which the registers do not suffice.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn add_in_order(mut sum: __m256i, pairs: __m256i) -> __m256i {
+    // SAFETY: an instruction on registers alone, which the enclosing function's features include.
+    unsafe {
+        asm!(
+            "vpaddw {sum}, {sum}, {pairs}",
+            sum = inout(ymm_reg) sum,
+            pairs = in(ymm_reg) pairs,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+    sum
+}
+
+/// Adds the products of a block of unpacked tiles with `T` tokens to `acc`.
+///
+/// # Safety
+/// `q` points to the `16 * codes.len()` elements of the first token, the others follow at `stride`;
+/// `acc` has `T` elements.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpacked_pass<const T: usize>(
+    codes: &[UnpackedTile],
+    q: *const i8,
+    stride: usize,
+    acc: &mut [[i32; tile::ROWS]],
+) {
+    let ones = _mm256_set1_epi16(1);
+    let mut q = q;
+    for run in codes.chunks(TILES_PER_WIDENING) {
+        let mut narrow = [[_mm256_setzero_si256(); 2]; T];
+        for tile in run {
+            for (plane, codes) in tile.iter().enumerate() {
+                for (t, narrow) in narrow.iter_mut().enumerate() {
+                    // SAFETY: four of the activations that the contract promises.
+                    let four =
+                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
+                    let four = _mm256_set1_epi32(four);
+                    for half in 0..2 {
+                        let pairs = _mm256_maddubs_epi16(codes[half], four);
+                        narrow[half] = add_in_order(narrow[half], pairs);
+                    }
+                }
+            }
+            q = q.wrapping_add(tile::COLS);
+        }
+        for (acc, narrow) in acc.iter_mut().zip(narrow) {
+            let acc = acc.as_mut_ptr().cast::<__m256i>();
+            for (half, narrow) in narrow.into_iter().enumerate() {
+                // SAFETY: `acc` has 16 32-bit elements, two registers of eight.
+                unsafe {
+                    let sum = _mm256_loadu_si256(acc.add(half));
+                    let wide = _mm256_madd_epi16(narrow, ones);
+                    _mm256_storeu_si256(acc.add(half), _mm256_add_epi32(sum, wide));
+                }
+            }
+        }
     }
 }
 
@@ -85,7 +232,11 @@ unsafe fn pass<const T: usize>(
     acc: &mut [[i32; tile::ROWS]],
 ) {
     let mask = _mm256_set1_epi8(3);
-    let mut wide = [[_mm256_setzero_si256(); 2]; T];
+    // SAFETY: an element of `acc` has 16 32-bit numbers, two registers of eight.
+    let mut wide: [[__m256i; 2]; T] = std::array::from_fn(|t| unsafe {
+        let start = acc[t].as_ptr().cast::<__m256i>();
+        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
+    });
     let mut q = q;
     for run in tiles.chunks(TILES_PER_WIDENING) {
         let mut narrow = [[_mm256_setzero_si256(); 2]; T];
@@ -104,7 +255,7 @@ unsafe fn pass<const T: usize>(
                     let four = _mm256_set1_epi32(four);
                     for half in 0..2 {
                         let pairs = _mm256_maddubs_epi16(codes[half], four);
-                        narrow[half] = _mm256_add_epi16(narrow[half], pairs);
+                        narrow[half] = add_in_order(narrow[half], pairs);
                     }
                 }
                 // Bits that cross a byte are masked off: a plane is at most at bit 6 of its byte.

@@ -31,7 +31,15 @@ instantiate! {
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
     let mut start = q.as_ptr();
+    // With many tokens the passes hide the way of the next band, which follows in memory.
+    let passes = acc.len().div_ceil(8);
+    let ahead = if passes > 1 { tiles.len().div_ceil(passes) } else { 0 };
+    let mut next = tiles.as_ptr_range().end;
     for group in acc.chunks_mut(8) {
+        for _ in 0..ahead {
+            prefetch(next);
+            next = next.wrapping_add(1);
+        }
         // SAFETY: the elements are those of these tokens, by the contract of this function.
         unsafe {
             match group.len() {
@@ -83,11 +91,13 @@ unsafe fn pass<const T: usize, const CHAINS: usize>(
         q = q.wrapping_add(tile::COLS);
     }
     for (acc, sums) in acc.iter_mut().zip(sums) {
-        let mut sum = sums[0];
-        for &chain in &sums[1..] {
+        let acc: *mut __m512i = acc.as_mut_ptr().cast();
+        // SAFETY: `acc` has 16 32-bit elements.
+        let mut sum = unsafe { _mm512_loadu_si512(acc) };
+        for chain in sums {
             sum = _mm512_add_epi32(sum, chain);
         }
-        // SAFETY: `acc` has 16 32-bit elements.
-        unsafe { _mm512_storeu_si512(acc.as_mut_ptr().cast(), sum) };
+        // SAFETY: as above.
+        unsafe { _mm512_storeu_si512(acc, sum) };
     }
 }

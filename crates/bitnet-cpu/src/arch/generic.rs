@@ -27,7 +27,7 @@ pub(super) fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[
                 }
             }
         }
-        *acc = sums;
+        acc.iter_mut().zip(sums).for_each(|(acc, sum)| *acc += sum);
     }
 }
 
@@ -93,6 +93,40 @@ fn ternary_f32_pass<const T: usize>(
         for (row, sum) in sums.iter_mut().enumerate() {
             *sum = (acc[0][t][row] + acc[1][t][row]) + (acc[2][t][row] + acc[3][t][row]);
         }
+    }
+}
+
+/// `sums = acc`, as floats.
+#[inline(always)]
+pub(super) fn to_float(acc: &[[i32; tile::ROWS]], sums: &mut [[f32; tile::ROWS]]) {
+    for (sum, acc) in sums.as_flattened_mut().iter_mut().zip(acc.as_flattened()) {
+        *sum = *acc as f32;
+    }
+}
+
+/// The scales of a band, to be applied in the order of [`bitnet_core::WeightScale`].
+#[derive(Clone, Copy)]
+pub(crate) enum BandScale<'a> {
+    Multiply(f32),
+    Divide(f32),
+    Rows(&'a [f32; tile::ROWS]),
+    /// The sums have theirs already.
+    Applied,
+}
+
+/// Applies the scales of a band and the activation scale `s_x[t]` to `sums[t]`.
+#[inline(always)]
+pub(super) fn scale_sums(sums: &mut [[f32; tile::ROWS]], s_x: &[f32], scale: BandScale<'_>) {
+    for (sums, &s_x) in sums.iter_mut().zip(s_x) {
+        *sums = match scale {
+            BandScale::Multiply(scale) => sums.map(|y| y / s_x * scale),
+            BandScale::Divide(scale) => {
+                let divisor = s_x * scale;
+                sums.map(|y| y / divisor)
+            }
+            BandScale::Rows(scales) => std::array::from_fn(|row| sums[row] / s_x * scales[row]),
+            BandScale::Applied => sums.map(|y| y / s_x),
+        };
     }
 }
 

@@ -28,13 +28,32 @@ use bitnet_quant::packing::tile;
 
 use crate::Isa;
 
-pub(crate) use generic::{HeadPlace, HeadRow, KvRows, Query, partial_len};
+pub(crate) use generic::{BandScale, HeadPlace, HeadRow, KvRows, Query, partial_len};
 
 /// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
 pub(crate) type Tile = [u8; tile::BYTES];
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
+
+/// Asks for a line of memory that is soon read or written. The address need not be a valid one.
+#[inline(always)]
+pub(crate) fn prefetch<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(address.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint, which never faults. The intrinsic is not stable yet.
+    unsafe {
+        std::arch::asm!(
+            "prfm pldl1keep, [{address}]",
+            address = in(reg) address,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+}
 
 /// The kernels of one instruction set.
 pub(crate) struct Kernels {
@@ -45,6 +64,8 @@ pub(crate) struct Kernels {
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     quantize_row: unsafe fn(&[f32], &mut [i8]) -> QuantizedRow,
     rope: unsafe fn(&mut [f32], usize, &[f32], &[f32]),
+    to_float: unsafe fn(&[[i32; tile::ROWS]], &mut [[f32; tile::ROWS]]),
+    scale_sums: unsafe fn(&mut [[f32; tile::ROWS]], &[f32], BandScale<'_>),
     add_scaled: unsafe fn(&[f32; tile::ROWS], &[f32; tile::ROWS], &mut [f32; tile::ROWS]),
     quantize_head: unsafe fn(&[f32], &mut [i8]) -> f32,
     gate: unsafe fn(Activation, &mut [f32], &[f32]),
@@ -72,8 +93,9 @@ impl Kernels {
         }
     }
 
-    /// `acc[t][r] = sum over k of code(r, k) * q[t * stride + k]`, exactly, for the 16 rows of a
-    /// band and the columns of `tiles`; a code is a weight plus 1. Columns of padding must meet
+    /// `acc[t][r] += sum over k of code(r, k) * q[t * stride + k]`, exactly, for the 16 rows of a
+    /// band and the columns of `tiles`; a code is a weight plus 1, so that sums of weights come out
+    /// where `acc[t]` held minus the sum of `q[t * stride + k]`. Columns of padding must meet
     /// zeros in `q`.
     ///
     /// # Panics
@@ -129,6 +151,10 @@ methods! {
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
     /// [`bitnet_quant::activation::quantize_row`].
     quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow;
+    /// `sums = acc`, as floats.
+    to_float(acc: &[[i32; tile::ROWS]], sums: &mut [[f32; tile::ROWS]]);
+    /// Applies the scales of a band to the sums of some tokens, whose activation scales are given.
+    scale_sums(sums: &mut [[f32; tile::ROWS]], s_x: &[f32], scale: BandScale<'_>);
     /// `totals[r] += scales[r] * sums[r]`, fused: one scale group of a band.
     add_scaled(
         scales: &[f32; tile::ROWS],
@@ -176,6 +202,14 @@ macro_rules! instantiate {
         $(#[$features])?
         fn quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow {
             activation::quantize_row(x, q)
+        }
+        $(#[$features])?
+        fn to_float(acc: &[[i32; tile::ROWS]], sums: &mut [[f32; tile::ROWS]]) {
+            generic::to_float(acc, sums);
+        }
+        $(#[$features])?
+        fn scale_sums(sums: &mut [[f32; tile::ROWS]], s_x: &[f32], scale: BandScale<'_>) {
+            generic::scale_sums(sums, s_x, scale);
         }
         $(#[$features])?
         fn add_scaled(
@@ -230,6 +264,8 @@ macro_rules! instantiate {
             ternary_f32,
             rms_norm,
             quantize_row,
+            to_float,
+            scale_sums,
             add_scaled,
             quantize_head,
             rope,
@@ -247,7 +283,9 @@ use instantiate;
 
 /// What [`instantiate`] names, for the files that use it.
 mod parts {
-    pub(super) use super::{HeadRow, Kernels, Query, Tile, generic, instantiate, tile};
+    pub(super) use super::{
+        BandScale, HeadRow, Kernels, Query, Tile, generic, instantiate, prefetch, tile,
+    };
     pub(super) use std::ops::Range;
 
     pub(super) use bitnet_core::backend::Activation;
@@ -289,9 +327,9 @@ mod tests {
                 for fill in [-128i8, 127] {
                     for tokens in [1, 2, 3, 4, 5, 7, 8, 9, 13] {
                         let q = vec![fill; count * 16 * tokens];
-                        let mut acc = vec![[0; 16]; tokens];
+                        let mut acc = vec![[-3; 16]; tokens];
                         kernels.ternary_int8(&tiles, &q, count * 16, &mut acc);
-                        let all = 2 * i32::from(fill) * (count * 16) as i32;
+                        let all = 2 * i32::from(fill) * (count * 16) as i32 - 3;
                         assert_eq!(acc, vec![[all; 16]; tokens], "{} {count}", kernels.name);
                     }
                 }
@@ -321,7 +359,7 @@ mod tests {
                 let expected: Vec<[i32; 16]> =
                     (0..tokens).map(|t| exact(&tiles, &q[t * stride..][..count * 16])).collect();
                 each_kernel(|kernels| {
-                    let mut acc = vec![[-1; 16]; tokens];
+                    let mut acc = vec![[0; 16]; tokens];
                     kernels.ternary_int8(&tiles, &q, stride, &mut acc);
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
                 });

@@ -75,7 +75,8 @@ unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32;
         for (quarter, wide) in wide.iter().enumerate() {
             // SAFETY: `acc` has four times four elements.
             unsafe {
-                vst1q_s32(acc.as_mut_ptr().add(4 * quarter), vpaddq_s32(wide[0], wide[1]));
+                let acc = acc.as_mut_ptr().add(4 * quarter);
+                vst1q_s32(acc, vaddq_s32(vld1q_s32(acc), vpaddq_s32(wide[0], wide[1])));
             }
         }
     }
@@ -171,7 +172,10 @@ mod dotprod {
         for (acc, sums) in acc.iter_mut().zip(sums) {
             for (quarter, sum) in sums.into_iter().enumerate() {
                 // SAFETY: `acc` has four times four elements.
-                unsafe { vst1q_s32(acc.as_mut_ptr().add(4 * quarter), sum) };
+                unsafe {
+                    let acc = acc.as_mut_ptr().add(4 * quarter);
+                    vst1q_s32(acc, vaddq_s32(vld1q_s32(acc), sum));
+                }
             }
         }
     }

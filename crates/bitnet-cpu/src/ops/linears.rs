@@ -10,13 +10,17 @@ use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
 use super::{Compute, ThreadScratch, at_least, lock};
-use crate::arch::Tile;
+use crate::arch::{BandScale, Tile};
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
 use crate::threads::{Chunks, Strip, Strips};
 
 /// Tokens whose inputs stay in the cache (160 kB at 2560 columns) while bands pass by.
-const TOKENS: usize = 64;
+pub(super) const TOKENS: usize = 64;
+
+/// Bands whose results are written together: a cache line of each token's row at a time would keep
+/// the processor busy with address translation.
+const BANDS: usize = 4;
 
 /// Matrices of one fork-join: q, k and v, or gate and up.
 const MATRICES: usize = 4;
@@ -133,42 +137,40 @@ impl Compute {
         mut strip: Strip<'_>,
     ) {
         let columns = strip.columns();
-        let mut totals = [[0.0; tile::ROWS]; TOKENS];
+        let mut totals = std::mem::take(&mut own.totals);
+        totals.resize(BANDS, [[0.0; tile::ROWS]; TOKENS]);
         for first in (0..inputs.rows.len()).step_by(TOKENS) {
             let tokens = first..inputs.rows.len().min(first + TOKENS);
-            let totals = &mut totals[..tokens.len()];
-            for band in columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS) {
-                let from = band * tile::ROWS;
-                let features = from..columns.end.min(from + tile::ROWS);
-                self.band(task, inputs, tokens.clone(), band, own, totals);
-                for (total, token) in totals.iter().zip(tokens.clone()) {
-                    let s_x = match task.linear.precision {
-                        ActivationPrecision::Int8 => inputs.rows[token].scale,
-                        // A factor of 1 changes no bit below.
-                        ActivationPrecision::F32 => 1.0,
+            // A factor of 1 changes no bit.
+            let mut s_x = [1.0; TOKENS];
+            if task.linear.precision == ActivationPrecision::Int8 {
+                for (s_x, row) in s_x.iter_mut().zip(&inputs.rows[tokens.clone()]) {
+                    *s_x = row.scale;
+                }
+            }
+            let bands = columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS);
+            for start in bands.clone().step_by(BANDS) {
+                let bands = start..bands.end.min(start + BANDS);
+                for (band, totals) in bands.clone().zip(&mut totals) {
+                    let totals = &mut totals[..tokens.len()];
+                    self.band(task, inputs, tokens.clone(), band, own, totals);
+                    let scale = match &task.linear.scale {
+                        Scale::Multiply(scale) => BandScale::Multiply(*scale),
+                        Scale::Divide(scale) => BandScale::Divide(*scale),
+                        Scale::Rows(scales) => BandScale::Rows(&scales[band]),
+                        Scale::Groups { .. } => BandScale::Applied,
                     };
-                    let out = &mut strip.row(token)[from - columns.start..][..features.len()];
-                    match &task.linear.scale {
-                        Scale::Multiply(scale) => {
-                            out.iter_mut().zip(total).for_each(|(y, acc)| *y = acc / s_x * scale);
-                        }
-                        Scale::Divide(scale) => {
-                            let divisor = s_x * scale;
-                            out.iter_mut().zip(total).for_each(|(y, acc)| *y = acc / divisor);
-                        }
-                        Scale::Rows(scales) => {
-                            let scales = &scales[features.clone()];
-                            for ((y, acc), scale) in out.iter_mut().zip(total).zip(scales) {
-                                *y = acc / s_x * scale;
-                            }
-                        }
-                        Scale::Groups { .. } => {
-                            out.iter_mut().zip(total).for_each(|(y, total)| *y = total / s_x);
-                        }
+                    self.kernels.scale_sums(totals, &s_x[..tokens.len()], scale);
+                }
+                for (i, token) in tokens.clone().enumerate() {
+                    let out = &mut strip.row(token)[start * tile::ROWS - columns.start..];
+                    for (out, totals) in out.chunks_mut(tile::ROWS).zip(&totals[..bands.len()]) {
+                        out.copy_from_slice(&totals[i][..out.len()]);
                     }
                 }
             }
         }
+        own.totals = totals;
     }
 
     /// The sums of one band, with the scales of groups applied where there are any.
@@ -247,14 +249,12 @@ impl Compute {
             ActivationPrecision::Int8 => {
                 let mut acc = [[0; tile::ROWS]; TOKENS];
                 let acc = &mut acc[..tokens.len()];
-                self.kernels.ternary_int8(tiles, &inputs.quantized[start..], inputs.stride, acc);
-                for ((sums, acc), token) in sums.iter_mut().zip(acc).zip(tokens) {
+                for (acc, token) in acc.iter_mut().zip(tokens) {
                     // A code is a weight plus 1.
-                    let ones = input_sum(token);
-                    for (sum, acc) in sums.iter_mut().zip(acc) {
-                        *sum = (*acc - ones) as f32;
-                    }
+                    *acc = [-input_sum(token); tile::ROWS];
                 }
+                self.kernels.ternary_int8(tiles, &inputs.quantized[start..], inputs.stride, acc);
+                self.kernels.to_float(acc, sums);
             }
         }
     }

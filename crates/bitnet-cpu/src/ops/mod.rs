@@ -8,6 +8,7 @@ mod table;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use bitnet_quant::activation::QuantizedRow;
+use bitnet_quant::packing::tile;
 
 use crate::arch::Kernels;
 use crate::threads::ThreadPool;
@@ -44,6 +45,8 @@ struct Scratch {
 struct ThreadScratch {
     floats: Vec<f32>,
     bytes: Vec<i8>,
+    /// Sums of a few bands of a linear layer.
+    totals: Vec<[[f32; tile::ROWS]; linears::TOKENS]>,
 }
 
 impl Compute {
