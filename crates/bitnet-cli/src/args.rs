@@ -80,6 +80,10 @@ pub struct ModelArgs {
     #[arg(long, value_name = "N", value_parser = threads)]
     pub threads: Option<usize>,
 
+    /// Keep each thread on a processor of its own (Linux)
+    #[arg(long)]
+    pub pin: bool,
+
     /// Layout of I2_S weights in a .gguf file, which cannot say it itself
     #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = I2sLayoutChoice::X86)]
     pub i2s_layout: I2sLayoutChoice,

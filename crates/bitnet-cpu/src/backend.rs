@@ -23,6 +23,8 @@ pub struct CpuOptions {
     pub threads: Option<usize>,
     /// Instruction set; `None`: the best that this CPU has.
     pub isa: Option<Isa>,
+    /// Keeps each thread, the one that makes the backend among them, on a processor of its own.
+    pub pinned: bool,
     /// Exact shortcuts that may be taken.
     pub shortcuts: Shortcuts,
     /// Keeps second copies of weights that make shortcuts possible, for models that bring none along.
@@ -49,7 +51,7 @@ impl CpuBackend {
                 "{threads} threads were asked for: choose 1 to {MOST_THREADS}"
             )));
         }
-        let pool = ThreadPool::new(threads)
+        let pool = ThreadPool::new(threads, options.pinned)
             .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
         Ok(CpuBackend { compute: Compute::new(kernels, pool), copies: options.copies })
     }

@@ -10,6 +10,7 @@
 //! instruction set in `dispatch.rs`. Unsafe code lives in `arch/` and `threads.rs` only.
 #![deny(unsafe_code)]
 
+mod affinity;
 #[allow(unsafe_code)]
 mod arch;
 mod backend;

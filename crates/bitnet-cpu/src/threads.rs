@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use crate::affinity;
+
 /// Turns of the spin loop before a thread sleeps: about a tenth of a millisecond.
 const SPINS: usize = 4_000;
 
@@ -127,9 +129,17 @@ fn spin_until(done: impl Fn() -> bool) {
 }
 
 impl ThreadPool {
-    /// A pool of `threads` threads, the caller of each run included.
-    pub(crate) fn new(threads: usize) -> io::Result<Self> {
+    /// A pool of `threads` threads, the caller of each run included. With `pinned`, each keeps to a
+    /// processor of its own, the calling thread among them.
+    pub(crate) fn new(threads: usize, pinned: bool) -> io::Result<Self> {
         let workers = threads.saturating_sub(1);
+        let processors = if pinned { affinity::processors()? } else { Vec::new() };
+        if pinned && processors.len() < threads {
+            return Err(io::Error::other(format!(
+                "there are {} processors to pin them to",
+                processors.len()
+            )));
+        }
         let idle: &'static (dyn Fn(usize, usize) + Sync) = &|_, _| {};
         let shared = Arc::new(Shared {
             unclaimed: AtomicUsize::new(0),
@@ -145,9 +155,17 @@ impl ThreadPool {
         for index in 1..=workers {
             let shared = Arc::clone(&pool.shared);
             let name = format!("bitnet-cpu-{index}");
-            let spawned = thread::Builder::new().name(name).spawn(move || shared.worker(index));
+            let processor = processors.get(index).copied();
+            let spawned = thread::Builder::new().name(name).spawn(move || {
+                // Whether it may was found out by the calling thread, below.
+                processor.map(affinity::pin);
+                shared.worker(index);
+            });
             // On an error the workers that are already there end with the pool.
             pool.workers.push(spawned?);
+        }
+        if let Some(&processor) = processors.first() {
+            affinity::pin(processor)?;
         }
         Ok(pool)
     }
@@ -418,7 +436,7 @@ mod tests {
     #[test]
     fn every_part_is_computed_once_by_any_number_of_threads() {
         for threads in [1, 2, 3, 8] {
-            let pool = ThreadPool::new(threads).unwrap();
+            let pool = ThreadPool::new(threads, false).unwrap();
             // Many short runs in a row, so that workers are caught awake, asleep and in between.
             for round in 0..500usize {
                 let mut counts = vec![0usize; round % 67];
@@ -437,8 +455,35 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
+    fn pinned_threads_keep_to_different_processors() {
+        let processors = affinity::processors().unwrap();
+        // A thread of its own, so that the test's thread stays free.
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                let threads = processors.len().min(2);
+                let pool = ThreadPool::new(threads, true).unwrap();
+                let mut seen = vec![Vec::new(); threads];
+                let met = AtomicUsize::new(0);
+                pool.run(Chunks::new(&mut seen, 1), |_, (_, seen)| {
+                    seen[0] = affinity::processors().unwrap();
+                    // No part ends before each thread has one.
+                    met.fetch_add(1, Ordering::SeqCst);
+                    while met.load(Ordering::SeqCst) < threads {
+                        thread::yield_now();
+                    }
+                });
+                assert!(seen.iter().all(|seen| seen.len() == 1), "{seen:?}");
+                assert!(threads == 1 || seen[0] != seen[1], "{seen:?}");
+                let error = ThreadPool::new(processors.len() + 1, true).err().unwrap();
+                assert!(error.to_string().contains("processors to pin them to"), "{error}");
+            });
+        });
+    }
+
+    #[test]
     fn strips_of_several_matrices_cover_them() {
-        let pool = ThreadPool::new(3).unwrap();
+        let pool = ThreadPool::new(3, false).unwrap();
         let (mut a, mut b) = (vec![0.0; 3 * 7], vec![0.0; 2 * 5]);
         let parts = [Some(Strips::new(&mut a, 7, 2)), None, Some(Strips::new(&mut b, 5, 5))];
         pool.run(parts, |_, (which, mut strip)| {
@@ -459,7 +504,7 @@ mod tests {
 
     #[test]
     fn a_panicking_part_panics_the_caller_and_the_pool_lives_on() {
-        let pool = ThreadPool::new(2).unwrap();
+        let pool = ThreadPool::new(2, false).unwrap();
         for bad in [0usize, 7] {
             let done = AtomicUsize::new(0);
             let outcome = catch_unwind(AssertUnwindSafe(|| {
@@ -480,7 +525,7 @@ mod tests {
 
     #[test]
     fn callers_on_several_threads_take_turns() {
-        let pool = ThreadPool::new(2).unwrap();
+        let pool = ThreadPool::new(2, false).unwrap();
         thread::scope(|scope| {
             for caller in 0..3usize {
                 let pool = &pool;

@@ -20,6 +20,8 @@ pub struct ModelOptions {
     pub device: Option<Device>,
     /// Threads; `None` takes one per physical core.
     pub threads: Option<usize>,
+    /// See [`CpuOptions::pinned`].
+    pub pinned: bool,
     /// Instruction set of the processor; `None` takes what `BITNET_ISA` says, or the best.
     pub isa: Option<Isa>,
     /// Exact shortcuts that may be taken; `None` takes what `BITNET_SHORTCUTS` says, or all.
@@ -66,6 +68,7 @@ impl Model {
         let backend = CpuBackend::new(CpuOptions {
             threads: options.threads,
             isa,
+            pinned: options.pinned,
             shortcuts,
             copies: options.copies,
         })?;

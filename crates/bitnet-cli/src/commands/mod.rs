@@ -73,6 +73,7 @@ fn model_options(args: &ModelArgs) -> ModelOptions {
     ModelOptions {
         device,
         threads: args.threads,
+        pinned: args.pin,
         load: LoadOptions { i2s_layout, precision },
         ..ModelOptions::default()
     }
