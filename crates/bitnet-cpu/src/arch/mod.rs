@@ -34,6 +34,7 @@ pub(crate) use generic::{BandScale, HeadPlace, HeadRow, KvRows, Query, partial_l
 pub(crate) type Tile = [u8; tile::BYTES];
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
+type NormQuantize = unsafe fn(&[f32], &[f32], f32, &mut [f32], &mut [i8]) -> QuantizedRow;
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
 
 /// Asks for a line of memory that is soon read or written. The address need not be a valid one.
@@ -63,6 +64,7 @@ pub(crate) struct Kernels {
     ternary_f32: TernaryF32,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     quantize_row: unsafe fn(&[f32], &mut [i8]) -> QuantizedRow,
+    norm_quantize: NormQuantize,
     rope: unsafe fn(&mut [f32], usize, &[f32], &[f32]),
     to_float: unsafe fn(&[[i32; tile::ROWS]], &mut [[f32; tile::ROWS]]),
     scale_sums: unsafe fn(&mut [[f32; tile::ROWS]], &[f32], BandScale<'_>),
@@ -151,6 +153,15 @@ methods! {
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
     /// [`bitnet_quant::activation::quantize_row`].
     quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow;
+    /// [`rms_norm`](Kernels::rms_norm) into `room`, and then
+    /// [`quantize_row`](Kernels::quantize_row).
+    norm_quantize(
+        x: &[f32],
+        weight: &[f32],
+        eps: f32,
+        room: &mut [f32],
+        q: &mut [i8]
+    ) -> QuantizedRow;
     /// `sums = acc`, as floats.
     to_float(acc: &[[i32; tile::ROWS]], sums: &mut [[f32; tile::ROWS]]);
     /// Applies the scales of a band to the sums of some tokens, whose activation scales are given.
@@ -202,6 +213,17 @@ macro_rules! instantiate {
         $(#[$features])?
         fn quantize_row(x: &[f32], q: &mut [i8]) -> QuantizedRow {
             activation::quantize_row(x, q)
+        }
+        $(#[$features])?
+        fn norm_quantize(
+            x: &[f32],
+            weight: &[f32],
+            eps: f32,
+            room: &mut [f32],
+            q: &mut [i8],
+        ) -> QuantizedRow {
+            numerics::rms_norm(x, weight, eps, room);
+            activation::quantize_row(room, q)
         }
         $(#[$features])?
         fn to_float(acc: &[[i32; tile::ROWS]], sums: &mut [[f32; tile::ROWS]]) {
@@ -264,6 +286,7 @@ macro_rules! instantiate {
             ternary_f32,
             rms_norm,
             quantize_row,
+            norm_quantize,
             to_float,
             scale_sums,
             add_scaled,

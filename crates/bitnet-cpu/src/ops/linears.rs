@@ -4,6 +4,7 @@
 //! matrices are shared out, and each band's tiles pass once for every [`TOKENS`] tokens.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use bitnet_core::backend::ActivationPrecision;
 use bitnet_quant::activation::QuantizedRow;
@@ -28,7 +29,8 @@ const MATRICES: usize = 4;
 /// One number per row of a band, for some tokens.
 type Sums = [[f32; tile::ROWS]];
 
-/// Prepared inputs `[rows, stride]`, zero in the columns past the last.
+/// Prepared inputs `[rows, stride]`, zero in the columns past the last. As floats they are there for
+/// matrices that take them so.
 #[derive(Clone, Copy)]
 struct Inputs<'a> {
     floats: &'a [f32],
@@ -61,11 +63,18 @@ impl Compute {
         let mut scratch = self.scratch();
         let scratch = &mut *scratch;
         let stride = x.cols().next_multiple_of(tile::COLS);
-        let floats = at_least(&mut scratch.inputs, rows * stride);
+        // Inputs that are quantised are not kept as floats.
+        let has = |precision| linears.iter().any(|linear| linear.precision == precision);
+        let kept = if has(ActivationPrecision::F32) { rows * stride } else { 0 };
+        let floats = at_least(&mut scratch.inputs, kept);
         let quantized = at_least(&mut scratch.quantized, rows * stride);
         let facts = at_least(&mut scratch.rows, rows);
-        let int8 = linears.iter().any(|linear| linear.precision == ActivationPrecision::Int8);
-        self.prepare(x, norm, int8, floats, quantized, facts);
+        if !floats.is_empty() {
+            self.norm_rows(x, norm, floats);
+        }
+        if has(ActivationPrecision::Int8) {
+            self.quantize_rows(x, norm, quantized, facts, &scratch.threads);
+        }
         let inputs = Inputs { floats, quantized, rows: facts, stride };
 
         for (linears, outs) in linears.chunks(MATRICES).zip(outs.chunks_mut(MATRICES)) {
@@ -92,26 +101,13 @@ impl Compute {
         }
     }
 
-    /// Norms each row into `floats` and quantises it into `quantized`.
-    fn prepare(
-        &self,
-        x: &Buffer,
-        norm: Option<(&[f32], f32)>,
-        int8: bool,
-        floats: &mut [f32],
-        quantized: &mut [i8],
-        facts: &mut [QuantizedRow],
-    ) {
+    /// Norms each row into `floats`.
+    fn norm_rows(&self, x: &Buffer, norm: Option<(&[f32], f32)>, floats: &mut [f32]) {
         let cols = x.cols();
         let stride = cols.next_multiple_of(tile::COLS);
-        let part = facts.len().div_ceil(self.parts(floats.len()));
-        let parts = (
-            (Chunks::new(floats, part * stride), Chunks::new(quantized, part * stride)),
-            Chunks::new(facts, part),
-        );
-        self.pool.run(parts, |_, (((_, floats), (_, quantized)), (index, facts))| {
-            let rows = floats.chunks_exact_mut(stride).zip(quantized.chunks_exact_mut(stride));
-            for (i, ((floats, quantized), fact)) in rows.zip(facts).enumerate() {
+        let part = (floats.len() / stride).div_ceil(self.parts(floats.len()));
+        self.pool.run(Chunks::new(floats, part * stride), |_, (index, floats)| {
+            for (i, floats) in floats.chunks_exact_mut(stride).enumerate() {
                 let x = x.row(index * part + i);
                 let (input, padding) = floats.split_at_mut(cols);
                 match norm {
@@ -119,11 +115,37 @@ impl Compute {
                     None => input.copy_from_slice(x),
                 }
                 padding.fill(0.0);
-                if int8 {
-                    let (quantized, padding) = quantized.split_at_mut(cols);
-                    *fact = self.kernels.quantize_row(input, quantized);
-                    padding.fill(0);
-                }
+            }
+        });
+    }
+
+    /// Norms and quantises each row into `quantized`. The normed row itself stays in the cache.
+    fn quantize_rows(
+        &self,
+        x: &Buffer,
+        norm: Option<(&[f32], f32)>,
+        quantized: &mut [i8],
+        facts: &mut [QuantizedRow],
+        threads: &[Mutex<ThreadScratch>],
+    ) {
+        let cols = x.cols();
+        let stride = cols.next_multiple_of(tile::COLS);
+        let part = facts.len().div_ceil(self.parts(quantized.len()));
+        let parts = (Chunks::new(quantized, part * stride), Chunks::new(facts, part));
+        self.pool.run(parts, |thread, ((index, quantized), (_, facts))| {
+            let mut own = lock(&threads[thread]);
+            let room = at_least(&mut own.floats, cols);
+            for (i, (quantized, fact)) in quantized.chunks_exact_mut(stride).zip(facts).enumerate()
+            {
+                let x = x.row(index * part + i);
+                let (quantized, padding) = quantized.split_at_mut(cols);
+                *fact = match norm {
+                    Some((weight, eps)) => {
+                        self.kernels.norm_quantize(x, weight, eps, room, quantized)
+                    }
+                    None => self.kernels.quantize_row(x, quantized),
+                };
+                padding.fill(0);
             }
         });
     }
@@ -199,7 +221,8 @@ impl Compute {
             let tiles = &tiles[cols.start / tile::COLS..cols.end.div_ceil(tile::COLS)];
             if len.is_multiple_of(tile::COLS) {
                 let shifted = Inputs {
-                    floats: &inputs.floats[cols.start..],
+                    // Inputs that are all quantised are not there as floats.
+                    floats: inputs.floats.get(cols.start..).unwrap_or_default(),
                     quantized: &inputs.quantized[cols.start..],
                     ..inputs
                 };
@@ -217,7 +240,9 @@ impl Compute {
                 for (i, token) in tokens.clone().enumerate() {
                     let to = i * stride + own_cols.start..i * stride + own_cols.end;
                     let from = token * inputs.stride + cols.start..token * inputs.stride + cols.end;
-                    floats[to.clone()].copy_from_slice(&inputs.floats[from.clone()]);
+                    if let Some(input) = inputs.floats.get(from.clone()) {
+                        floats[to.clone()].copy_from_slice(input);
+                    }
                     quantized[to].copy_from_slice(&inputs.quantized[from]);
                 }
                 let copied = Inputs { floats, quantized, rows: inputs.rows, stride };
