@@ -43,6 +43,7 @@ struct Scratch {
 #[derive(Default)]
 struct ThreadScratch {
     floats: Vec<f32>,
+    shorts: Vec<i16>,
     bytes: Vec<i8>,
 }
 
