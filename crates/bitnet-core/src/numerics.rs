@@ -16,7 +16,17 @@ pub const LANES: usize = 32;
 
 /// Tokens per split of the keys in attention: split `s` covers the positions
 /// `s * ATTENTION_SPLIT ..` of a sequence, whatever the block size or the number of threads.
-pub const ATTENTION_SPLIT: usize = 512;
+pub const ATTENTION_SPLIT: usize = 256;
+
+/// Steps of a weight of attention over int8 values, which is rounded to 16 bits: the sum over a
+/// split, at most `256 * 32767 * 128`, fits 32 bits.
+pub const WEIGHT_LEVELS: f32 = 32_767.0;
+
+/// Steps of a query against int8 keys, which is rounded to 16 bits: the products with the
+/// `head_size` elements of a key, at most 128 each, sum up to no more than 32 bits.
+pub fn query_levels(head_size: usize) -> f32 {
+    (i32::MAX as usize / (128 * head_size)).min(32_767) as f32
+}
 
 /// Folds the lanes of a reduction: halves onto halves, 16, 8, 4, 2, 1.
 #[inline(always)]
@@ -144,6 +154,30 @@ pub fn round_to_i8(x: f32) -> i8 {
     let x = if x > 127.0 { 127.0 } else { x };
     let x = if x < -128.0 { -128.0 } else { x };
     round_to_i32(x) as i8
+}
+
+/// Rounds a row to `-levels ..= levels` (at most 32 767): `q = round_half_even(x * (levels /
+/// absmax))`, 0 for NaN. Returns what one is worth, `absmax / levels`. A row that is too small for
+/// its factor to be finite becomes zeros.
+#[inline(always)]
+pub fn quantize_i16(x: &[f32], levels: f32, q: &mut [i16]) -> f32 {
+    assert_eq!(x.len(), q.len());
+    let absmax = max_abs(x);
+    let inverse = levels / absmax;
+    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    for (q, x) in q.iter_mut().zip(x) {
+        let x = x * inverse;
+        *q = round_to_i32(if x.is_nan() { 0.0 } else { x }) as i16;
+    }
+    absmax / levels
+}
+
+/// `sum of x[i] * y[i]` as one chain of fused multiply-adds in ascending order: a score of
+/// attention, of which many are computed side by side.
+#[inline(always)]
+pub fn chain(x: &[f32], y: &[f32]) -> f32 {
+    assert_eq!(x.len(), y.len());
+    x.iter().zip(y).fold(0.0, |acc, (x, y)| x.mul_add(*y, acc))
 }
 
 /// `x / (1 + e^-x)`.

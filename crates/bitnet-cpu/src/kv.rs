@@ -1,128 +1,182 @@
 //! Storage of keys and values in blocks.
 //!
-//! A block holds `[layers, 2 (key, value), kv_heads, block_tokens]` rows of `head_size` elements, so
-//! that attention walks the tokens of one head in order and a block is copied in one piece.
+//! All blocks of one head lie one after another, `[layers, 2 (key, value), kv_heads, blocks]`, so that
+//! attention over consecutive blocks reads memory from one end to the other, whatever the size of a
+//! block. Within a block the tokens of a head are in panels, keys transposed (see [`panel_place`]).
 
 use std::ops::Range;
 
 use bitnet_core::Error;
 use bitnet_core::backend::{KvLayout, KvType};
-use half::f16;
 
-use crate::arch::{HeadPlace, Kernels, KvRows};
+use crate::arch::{KvData, PANEL, panel_place};
 use crate::backend::require;
 
 /// Keys and values of all layers.
 pub struct KvStore {
     layout: KvLayout,
-    pub(crate) rows: KvRows,
+    blocks: usize,
+    pub(crate) data: KvData,
 }
 
 /// Which half of a block is meant.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Side {
     Key,
     Value,
 }
 
+/// The elements of one layer, and their scales if they have any: `[2, kv_heads, blocks,
+/// block_tokens]` heads.
+pub(crate) enum LayerMut<'a> {
+    F32(&'a mut [f32]),
+    F16(&'a mut [[u8; 2]]),
+    Int8(&'a mut [i8], &'a mut [f32]),
+}
+
 impl KvStore {
     pub(crate) fn new(layout: KvLayout, blocks: usize) -> Result<Self, Error> {
         require("the KV cache", &[layout.block_bytes(), blocks], 1)?;
-        let rows = block_rows(&layout) * blocks;
-        let elements = rows * layout.head_size;
-        let rows = match layout.kv_type {
-            KvType::F32 => KvRows::F32(vec![0.0; elements]),
-            KvType::F16 => KvRows::F16(vec![[0; 2]; elements]),
-            KvType::Int8 => KvRows::Int8(vec![0; elements], vec![0.0; rows]),
+        let tokens = 2 * layout.layers * layout.kv_heads * blocks * layout.block_tokens;
+        let elements = tokens * layout.head_size + PANEL;
+        let data = match layout.kv_type {
+            KvType::F32 => KvData::F32(vec![0.0; elements]),
+            KvType::F16 => KvData::F16(vec![[0; 2]; elements]),
+            KvType::Int8 => KvData::Int8(vec![0; elements], vec![0.0; tokens + PANEL]),
         };
-        Ok(KvStore { layout, rows })
+        Ok(KvStore { layout, blocks, data })
     }
 
     pub(crate) fn layout(&self) -> &KvLayout {
         &self.layout
     }
 
-    /// Where the rows of one head are.
-    pub(crate) fn place(&self, layer: usize, side: Side, head: usize) -> HeadPlace {
-        let KvLayout { layers, kv_heads, block_tokens, .. } = self.layout;
+    /// The piece of block 0 of one head; those of the other blocks follow.
+    pub(crate) fn first_piece(&self, layer: usize, side: Side, head: usize) -> usize {
+        let KvLayout { layers, kv_heads, .. } = self.layout;
         assert!(layer < layers && head < kv_heads);
-        HeadPlace {
-            first: ((2 * layer + side as usize) * kv_heads + head) * block_tokens,
-            block_rows: block_rows(&self.layout),
-            block_tokens,
+        ((2 * layer + side as usize) * kv_heads + head) * self.blocks
+    }
+
+    /// Tokens that one head has room for.
+    pub(crate) fn tokens(&self) -> usize {
+        self.blocks * self.layout.block_tokens
+    }
+
+    /// One layer, to write to.
+    pub(crate) fn layer_mut(&mut self, layer: usize) -> LayerMut<'_> {
+        let KvLayout { layers, kv_heads, head_size, .. } = self.layout;
+        assert!(layer < layers);
+        let len = 2 * kv_heads * self.tokens();
+        let range = layer * len..(layer + 1) * len;
+        let elements = range.start * head_size..range.end * head_size;
+        match &mut self.data {
+            KvData::F32(data) => LayerMut::F32(&mut data[elements]),
+            KvData::F16(data) => LayerMut::F16(&mut data[elements]),
+            KvData::Int8(data, scales) => LayerMut::Int8(&mut data[elements], &mut scales[range]),
         }
     }
 
-    /// Stores one row, rounding it to the storage type.
-    pub(crate) fn write(&mut self, kernels: &Kernels, row: usize, values: &[f32]) {
-        let range = row * values.len()..(row + 1) * values.len();
-        match &mut self.rows {
-            KvRows::F32(rows) => rows[range].copy_from_slice(values),
-            KvRows::F16(rows) => {
-                for (half, value) in rows[range].iter_mut().zip(values) {
-                    *half = f16::from_f32(*value).to_le_bytes();
-                }
-            }
-            KvRows::Int8(rows, scales) => {
-                scales[row] = kernels.quantize_head(values, &mut rows[range]);
-            }
-        }
-    }
-
-    /// Rows and elements of one block.
-    fn block(&self, block: u32) -> (Range<usize>, Range<usize>) {
-        let (block, rows) = (block as usize, block_rows(&self.layout));
-        let elements = rows * self.layout.head_size;
-        (block * rows..(block + 1) * rows, block * elements..(block + 1) * elements)
+    /// Elements and tokens of each piece of a block.
+    fn pieces(&self, block: u32) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
+        let KvLayout { layers, kv_heads, head_size, block_tokens, .. } = self.layout;
+        let (block, blocks) = (block as usize, self.blocks);
+        assert!(block < blocks, "block {block} of {blocks}");
+        (0..2 * layers * kv_heads).map(move |head| {
+            let first = (head * blocks + block) * block_tokens;
+            let tokens = first..first + block_tokens;
+            (tokens.start * head_size..tokens.end * head_size, tokens)
+        })
     }
 
     pub(crate) fn copy(&mut self, from: u32, to: u32) {
-        let (from_rows, from) = self.block(from);
-        let (to_rows, to) = self.block(to);
-        match &mut self.rows {
-            KvRows::F32(rows) => rows.copy_within(from, to.start),
-            KvRows::F16(rows) => rows.copy_within(from, to.start),
-            KvRows::Int8(rows, scales) => {
-                rows.copy_within(from, to.start);
-                scales.copy_within(from_rows, to_rows.start);
+        for ((from, from_tokens), (to, to_tokens)) in self.pieces(from).zip(self.pieces(to)) {
+            match &mut self.data {
+                KvData::F32(data) => data.copy_within(from, to.start),
+                KvData::F16(data) => data.copy_within(from, to.start),
+                KvData::Int8(data, scales) => {
+                    data.copy_within(from, to.start);
+                    scales.copy_within(from_tokens, to_tokens.start);
+                }
             }
         }
     }
 
-    /// Appends one block's contents, little-endian: its elements, then its scales if it has any.
+    /// Appends one block's contents, little-endian: the elements of each piece, then its scales if
+    /// it has any.
     pub(crate) fn export(&self, block: u32, out: &mut Vec<u8>) {
-        let (row_range, range) = self.block(block);
-        match &self.rows {
-            KvRows::F32(rows) => out.extend(rows[range].iter().flat_map(|v| v.to_le_bytes())),
-            KvRows::F16(rows) => out.extend_from_slice(rows[range].as_flattened()),
-            KvRows::Int8(rows, scales) => {
-                out.extend(rows[range].iter().map(|&v| v as u8));
-                out.extend(scales[row_range].iter().flat_map(|v| v.to_le_bytes()));
+        for (elements, tokens) in self.pieces(block) {
+            match &self.data {
+                KvData::F32(data) => {
+                    out.extend(data[elements].iter().flat_map(|v| v.to_le_bytes()))
+                }
+                KvData::F16(data) => out.extend_from_slice(data[elements].as_flattened()),
+                KvData::Int8(data, scales) => {
+                    out.extend(data[elements].iter().map(|&v| v as u8));
+                    out.extend(scales[tokens].iter().flat_map(|v| v.to_le_bytes()));
+                }
             }
         }
     }
 
     /// Restores a block that [`export`](KvStore::export) wrote.
-    pub(crate) fn import(&mut self, block: u32, data: &[u8]) {
-        assert_eq!(data.len(), self.layout.block_bytes());
-        let (row_range, range) = self.block(block);
-        match &mut self.rows {
-            KvRows::F32(rows) => copy_f32(data, &mut rows[range]),
-            KvRows::F16(rows) => rows[range].as_flattened_mut().copy_from_slice(data),
-            KvRows::Int8(rows, scales) => {
-                let (elements, scale_bytes) = data.split_at(range.len());
-                for (value, &byte) in rows[range].iter_mut().zip(elements) {
-                    *value = byte as i8;
+    pub(crate) fn import(&mut self, block: u32, bytes: &[u8]) {
+        assert_eq!(bytes.len(), self.layout.block_bytes());
+        let mut rest = bytes;
+        let mut take = |len: usize| {
+            let (taken, after) = rest.split_at(len);
+            rest = after;
+            taken
+        };
+        for (elements, tokens) in self.pieces(block) {
+            match &mut self.data {
+                KvData::F32(data) => copy_f32(take(4 * elements.len()), &mut data[elements]),
+                KvData::F16(data) => {
+                    let out = data[elements].as_flattened_mut();
+                    out.copy_from_slice(take(out.len()));
                 }
-                copy_f32(scale_bytes, &mut scales[row_range]);
+                KvData::Int8(data, scales) => {
+                    let bytes = take(elements.len());
+                    for (value, &byte) in data[elements].iter_mut().zip(bytes) {
+                        *value = byte as i8;
+                    }
+                    copy_f32(take(4 * tokens.len()), &mut scales[tokens]);
+                }
             }
         }
     }
 }
 
-/// Rows of `head_size` elements in one block.
-fn block_rows(layout: &KvLayout) -> usize {
-    2 * layout.layers * layout.kv_heads * layout.block_tokens
+/// Writes one token of one head into its block's piece.
+pub(crate) fn scatter<T>(
+    piece: &mut [T],
+    layout: &KvLayout,
+    side: Side,
+    token: usize,
+    values: impl IntoIterator<Item = T>,
+) {
+    let KvLayout { head_size, block_tokens, .. } = *layout;
+    let mut values = values.into_iter();
+    match side {
+        // A column of one panel.
+        Side::Key => {
+            let place = panel_place(head_size, block_tokens, 0, token);
+            let width = PANEL.min(block_tokens - token / PANEL * PANEL);
+            for (slot, value) in piece[place..].iter_mut().step_by(width).zip(values) {
+                *slot = value;
+            }
+        }
+        // A row of every panel.
+        Side::Value => {
+            for col in (0..head_size).step_by(PANEL) {
+                let place = panel_place(block_tokens, head_size, token, col);
+                let row = &mut piece[place..][..PANEL.min(head_size - col)];
+                for (slot, value) in row.iter_mut().zip(&mut values) {
+                    *slot = value;
+                }
+            }
+        }
+    }
 }
 
 fn copy_f32(bytes: &[u8], out: &mut [f32]) {

@@ -189,6 +189,14 @@ impl ThreadPool {
         });
     }
 
+    /// As [`run`](ThreadPool::run), on the calling thread alone: for work too small to be shared.
+    pub(crate) fn run_alone<P: Partition>(partition: P, work: impl Fn(usize, P::Part)) {
+        for index in 0..partition.parts() {
+            // SAFETY: each index is passed once, and the partition ends with this run.
+            work(0, unsafe { partition.part(index) });
+        }
+    }
+
     fn run_parts(&self, parts: usize, work: &(dyn Fn(usize, usize) + Sync)) {
         if parts <= 1 || self.workers.is_empty() {
             return (0..parts).for_each(|part| work(0, part));
@@ -303,12 +311,14 @@ unsafe impl<'a, T: Send> Partition for Chunks<'a, T> {
 }
 
 /// A matrix `[rows, width]` cut into vertical strips of the same number of columns, the last of
-/// which may be narrower.
+/// which may be narrower, and these across into pieces of the same number of rows, the last of which
+/// may be lower. The last rows come first.
 pub(crate) struct Strips<'a> {
     start: *mut f32,
     rows: usize,
     width: usize,
     strip: usize,
+    height: usize,
     matrix: PhantomData<&'a mut [f32]>,
 }
 
@@ -320,14 +330,27 @@ impl<'a> Strips<'a> {
     pub(crate) fn new(matrix: &'a mut [f32], width: usize, strip: usize) -> Self {
         assert!(width != 0 && strip != 0 && matrix.len().is_multiple_of(width));
         let rows = matrix.len() / width;
-        Strips { start: matrix.as_mut_ptr(), rows, width, strip, matrix: PhantomData }
+        Strips {
+            start: matrix.as_mut_ptr(),
+            rows,
+            width,
+            strip,
+            height: rows.max(1),
+            matrix: PhantomData,
+        }
+    }
+
+    /// Cuts the strips into pieces of `height` rows.
+    pub(crate) fn cut(self, height: usize) -> Self {
+        assert_ne!(height, 0);
+        Strips { height, ..self }
     }
 }
 
-/// One strip of a matrix.
+/// One strip of a matrix, or a piece of one.
 pub(crate) struct Strip<'a> {
     start: *mut f32,
-    rows: usize,
+    rows: Range<usize>,
     width: usize,
     columns: Range<usize>,
     matrix: PhantomData<&'a mut [f32]>,
@@ -339,9 +362,14 @@ impl Strip<'_> {
         self.columns.clone()
     }
 
-    /// This strip's piece of one row.
+    /// The rows of the matrix that this strip holds.
+    pub(crate) fn rows(&self) -> Range<usize> {
+        self.rows.clone()
+    }
+
+    /// This strip's piece of one row of the matrix.
     pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
-        assert!(row < self.rows);
+        assert!(self.rows.contains(&row));
         // SAFETY: the row lies in the matrix, so do the columns by construction, and this strip
         // holds them exclusively.
         unsafe {
@@ -353,20 +381,22 @@ impl Strip<'_> {
     }
 }
 
-// SAFETY: strips hold disjoint columns, hence disjoint pieces of every row.
+// SAFETY: two strips hold disjoint columns, or the same columns of disjoint rows, hence disjoint
+// pieces of every row.
 unsafe impl<'a> Partition for Strips<'a> {
     type Part = Strip<'a>;
 
     fn parts(&self) -> usize {
-        self.width.div_ceil(self.strip)
+        self.width.div_ceil(self.strip) * self.rows.div_ceil(self.height)
     }
 
     unsafe fn part(&self, index: usize) -> Strip<'a> {
-        let from = index * self.strip;
-        assert!(from < self.width);
+        let strips = self.width.div_ceil(self.strip);
+        let (across, from) = (index / strips, index % strips * self.strip);
+        let first = (self.rows.div_ceil(self.height) - 1 - across) * self.height;
         Strip {
             start: self.start,
-            rows: self.rows,
+            rows: first..self.rows.min(first + self.height),
             width: self.width,
             columns: from..self.width.min(from + self.strip),
             matrix: PhantomData,

@@ -1,15 +1,17 @@
 //! Every backend operation in plain loops: short, slow, single-threaded, and the definition of the
 //! bits that all CPU kernels must produce.
 
+use std::ops::Range;
+
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, KvType, Norm, Span,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 use bitnet_core::{Error, LinearUse, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
-use half::f16;
 
 use crate::activation::{QuantizedRow, quantize_row};
-use crate::packing::{blocks::decode_row, tile};
+use crate::packing::blocks::{decode_row, f16_to_f32, f32_to_f16};
+use crate::packing::tile;
 
 /// The scalar reference backend.
 #[derive(Debug, Default, Clone, Copy)]
@@ -87,7 +89,7 @@ impl KvStore {
             }
             KvType::F16 => {
                 for (bytes, value) in slot.chunks_exact_mut(2).zip(values) {
-                    bytes.copy_from_slice(&f16::from_f32(*value).to_le_bytes());
+                    bytes.copy_from_slice(&f32_to_f16(*value));
                 }
             }
             KvType::Int8 => {
@@ -102,30 +104,34 @@ impl KvStore {
         }
     }
 
-    fn read(&self, at: usize, out: &mut [f32]) {
+    /// One head of one token as f32, int8 without their scale, which is returned (1 for the other
+    /// types).
+    fn read(&self, at: usize, out: &mut [f32]) -> f32 {
         let slot = &self.data[at..at + self.head_bytes];
         match self.layout.kv_type {
             KvType::F32 => {
                 for (bytes, value) in slot.chunks_exact(4).zip(out) {
                     *value = f32::from_le_bytes(bytes.try_into().expect("four bytes"));
                 }
+                1.0
             }
             KvType::F16 => {
                 for (bytes, value) in slot.chunks_exact(2).zip(out) {
-                    *value = f16::from_le_bytes(bytes.try_into().expect("two bytes")).to_f32();
+                    *value = f16_to_f32(bytes.try_into().expect("two bytes"));
                 }
+                1.0
             }
             KvType::Int8 => {
                 let (scale, quantized) = slot.split_at(4);
-                let scale = f32::from_le_bytes(scale.try_into().expect("four bytes"));
                 for (byte, value) in quantized.iter().zip(out) {
-                    *value = f32::from(*byte as i8) * scale;
+                    *value = f32::from(*byte as i8);
                 }
+                f32::from_le_bytes(scale.try_into().expect("four bytes"))
             }
         }
     }
 
-    fn block(&self, block: u32) -> std::ops::Range<usize> {
+    fn block(&self, block: u32) -> Range<usize> {
         let bytes = self.layout.block_bytes();
         block as usize * bytes..(block as usize + 1) * bytes
     }
@@ -133,7 +139,7 @@ impl KvStore {
 
 /// `acc` of one row against int8 activations, per scale group.
 fn integer_row(matrix: &TernaryMatrix, row: usize, q: &[i8], input: QuantizedRow) -> f32 {
-    let product = |cols: std::ops::Range<usize>| -> i32 {
+    let product = |cols: Range<usize>| -> i32 {
         cols.map(|k| i32::from(q[k]) * i32::from(matrix.weight(row, k))).sum()
     };
     let cols = matrix.cols();
@@ -154,7 +160,7 @@ fn integer_row(matrix: &TernaryMatrix, row: usize, q: &[i8], input: QuantizedRow
 
 /// One row against f32 activations: four accumulators by `k % 4` within each scale group.
 fn float_row(matrix: &TernaryMatrix, row: usize, x: &[f32]) -> f32 {
-    let product = |cols: std::ops::Range<usize>| -> f32 {
+    let product = |cols: Range<usize>| -> f32 {
         let mut acc = [0.0f32; 4];
         for k in cols {
             acc[k % 4] = f32::from(matrix.weight(row, k)).mul_add(x[k], acc[k % 4]);
@@ -401,44 +407,32 @@ impl Backend for ReferenceBackend {
         out: &mut Rows,
     ) {
         let AttentionShape { heads, scale, window } = shape;
-        let KvLayout { kv_heads, head_size, .. } = kv.layout;
+        let KvLayout { kv_heads, head_size, kv_type, .. } = kv.layout;
         let rows = spans.iter().map(|span| span.rows.end).max().unwrap_or(0);
         out.shape(rows, heads * head_size);
-        let mut stored = vec![0.0f32; head_size];
         for span in spans {
             for (position, row) in (span.position..).zip(span.rows.clone()) {
                 let first = window.map_or(0, |window| (position + 1).saturating_sub(window));
                 for head in 0..heads {
                     let kv_head = head / (heads / kv_heads);
+                    let place = |side, token| kv.offset(layer, side, span, token, kv_head);
                     let query = &q.row(row)[head * head_size..(head + 1) * head_size];
-                    let mut total: Option<Split> = None;
-                    for split in first / ATTENTION_SPLIT..=position / ATTENTION_SPLIT {
-                        let start = first.max(split * ATTENTION_SPLIT);
-                        let end = (position + 1).min((split + 1) * ATTENTION_SPLIT);
-                        let mut weights: Vec<f32> = (start..end)
-                            .map(|token| {
-                                let at = kv.offset(layer, Side::Key, span, token, kv_head);
-                                kv.read(at, &mut stored);
-                                numerics::dot(query, &stored) * scale
-                            })
-                            .collect();
-                        let max = numerics::max(&weights);
-                        weights.iter_mut().for_each(|w| *w = numerics::exp(*w - max));
-                        let sum = numerics::sum(&weights);
-                        let mut part = Split { max, sum, out: vec![0.0; head_size] };
-                        for (token, weight) in (start..end).zip(&weights) {
-                            let at = kv.offset(layer, Side::Value, span, token, kv_head);
-                            kv.read(at, &mut stored);
-                            for (out, value) in part.out.iter_mut().zip(&stored) {
-                                *out = weight.mul_add(*value, *out);
+                    let query: Vec<f32> = query.iter().map(|x| x * scale).collect();
+                    let total = (first / ATTENTION_SPLIT..=position / ATTENTION_SPLIT)
+                        .map(|split| {
+                            let split = split * ATTENTION_SPLIT..(split + 1) * ATTENTION_SPLIT;
+                            let seen = split.start.max(first)..split.end.min(position + 1);
+                            match kv_type {
+                                KvType::F32 | KvType::F16 => {
+                                    kv.attend_in_floats(&query, place, split.start, seen)
+                                }
+                                KvType::Int8 => {
+                                    kv.attend_in_integers(&query, place, split.start, seen)
+                                }
                             }
-                        }
-                        total = Some(match total {
-                            None => part,
-                            Some(before) => combine(before, part),
-                        });
-                    }
-                    let total = total.expect("a token sees at least itself");
+                        })
+                        .reduce(combine)
+                        .expect("a token sees at least itself");
                     let slot = &mut out.row_mut(row)[head * head_size..(head + 1) * head_size];
                     for (slot, value) in slot.iter_mut().zip(total.out) {
                         *slot = value / total.sum;
@@ -446,6 +440,76 @@ impl Backend for ReferenceBackend {
                 }
             }
         }
+    }
+}
+
+/// Largest score, sum of the weights and weights, for the scores of consecutive positions that
+/// begin `skipped` positions after their split.
+fn softmax(mut scores: Vec<f32>, skipped: usize) -> (f32, f32, Vec<f32>) {
+    let max = numerics::max(&scores);
+    scores.iter_mut().for_each(|score| *score = numerics::exp(*score - max));
+    // A weight's lane is its position's place in the split.
+    let placed: Vec<f32> =
+        std::iter::repeat_n(0.0, skipped).chain(scores.iter().copied()).collect();
+    (max, numerics::sum(&placed), scores)
+}
+
+impl KvStore {
+    /// Attention of a scaled query over the positions `seen` of the split that begins at `start`.
+    fn attend_in_floats(
+        &self,
+        query: &[f32],
+        place: impl Fn(Side, usize) -> usize,
+        start: usize,
+        seen: Range<usize>,
+    ) -> Split {
+        let mut stored = vec![0.0f32; query.len()];
+        let scores = seen.clone().map(|token| {
+            self.read(place(Side::Key, token), &mut stored);
+            numerics::chain(query, &stored)
+        });
+        let (max, sum, weights) = softmax(scores.collect(), seen.start - start);
+        let mut out = vec![0.0f32; query.len()];
+        for (token, weight) in seen.zip(weights) {
+            self.read(place(Side::Value, token), &mut stored);
+            for (out, value) in out.iter_mut().zip(&stored) {
+                *out = weight.mul_add(*value, *out);
+            }
+        }
+        Split { max, sum, out }
+    }
+
+    /// The same over int8 keys and values, the query and the weights rounded to 16 bits.
+    fn attend_in_integers(
+        &self,
+        query: &[f32],
+        place: impl Fn(Side, usize) -> usize,
+        start: usize,
+        seen: Range<usize>,
+    ) -> Split {
+        let mut stored = vec![0.0f32; query.len()];
+        let mut short = vec![0i16; query.len()];
+        let step = numerics::quantize_i16(query, numerics::query_levels(query.len()), &mut short);
+        let scores = seen.clone().map(|token| {
+            let scale = self.read(place(Side::Key, token), &mut stored);
+            let products = short.iter().zip(&stored).map(|(&q, &k)| i32::from(q) * k as i32);
+            products.sum::<i32>() as f32 * scale * step
+        });
+        let (max, sum, mut weights) = softmax(scores.collect(), seen.start - start);
+        for (token, weight) in seen.clone().zip(&mut weights) {
+            *weight *= self.read(place(Side::Value, token), &mut stored);
+        }
+        let mut short = vec![0i16; weights.len()];
+        let step = numerics::quantize_i16(&weights, numerics::WEIGHT_LEVELS, &mut short);
+        let mut sums = vec![0i32; query.len()];
+        for (token, weight) in seen.zip(short) {
+            self.read(place(Side::Value, token), &mut stored);
+            for (sum, &value) in sums.iter_mut().zip(&stored) {
+                *sum += i32::from(weight) * value as i32;
+            }
+        }
+        let out = sums.into_iter().map(|sum| sum as f32 * step).collect();
+        Split { max, sum, out }
     }
 }
 

@@ -43,7 +43,9 @@ pub fn backend_matches_reference<B: Backend>(
     pair.elementwise();
     pair.tables();
     pair.attention();
+    pair.attention_shapes();
     pair.long_attention();
+    pair.large_values();
     pair.blocks_move();
 }
 
@@ -505,20 +507,68 @@ impl<B: Backend> Pair<'_, B> {
         }
     }
 
-    /// Contexts that end just before, at and after the ends of splits.
+    /// Head sizes of models and around the width of a register, with every number of query heads that
+    /// a register block may have, in blocks that are narrower than a register, as wide, and neither.
+    fn attention_shapes(&self) {
+        let mut random = Random::new(11);
+        let shapes = [(64, 1), (80, 2), (96, 3), (100, 4), (256, 5), (12, 6), (34, 7), (48, 9)];
+        for kv_type in [KvType::F32, KvType::F16, KvType::Int8] {
+            for (index, (head_size, shared)) in shapes.into_iter().enumerate() {
+                let kv_heads = 1 + index % 3;
+                let block_tokens = [1, 5, 16, 24, 40][index % 5];
+                let layout = KvLayout { layers: 2, kv_heads, head_size, block_tokens, kv_type };
+                let blocks: Vec<u32> = (0..90u32.div_ceil(block_tokens as u32)).rev().collect();
+                let mut kv = self.kv(layout, blocks.len());
+                let scale = 1.0 / (head_size as f32).sqrt();
+                let mut position = 0;
+                for (end, window) in [(37, None), (38, None), (41, Some(3)), (90, Some(20))] {
+                    let spans = [Span { rows: 0..end - position, position, blocks: &blocks }];
+                    let shape = AttentionShape { heads: kv_heads * shared, scale, window };
+                    let out = self.step(&mut random, shape, layout, 1, &mut kv, &spans);
+                    let case = format!(
+                        "attention at {position}..{end}, {kv_type:?}, {shared} heads share each of \
+                         {kv_heads} of {head_size}, blocks of {block_tokens}, window {window:?}"
+                    );
+                    self.compare(&out, end - position, &case);
+                    position = end;
+                }
+            }
+        }
+    }
+
+    /// Contexts that end just before, at and after the ends of splits, and steps that span several.
     fn long_attention(&self) {
+        const SPLIT: usize = ATTENTION_SPLIT;
         let mut random = Random::new(9);
-        for (kv_type, head_size) in [(KvType::F32, 20), (KvType::F16, 8), (KvType::Int8, 12)] {
-            let layout = KvLayout { layers: 1, kv_heads: 2, head_size, block_tokens: 16, kv_type };
-            let tokens = 3 * ATTENTION_SPLIT + 40;
-            let blocks: Vec<u32> = (0..tokens.div_ceil(16) as u32).rev().collect();
+        for (kv_type, head_size, block_tokens) in [
+            (KvType::F32, 20, 16),
+            (KvType::F16, 8, 16),
+            (KvType::Int8, 12, 16),
+            (KvType::F32, 6, 7),
+            (KvType::Int8, 10, 24),
+        ] {
+            let layout = KvLayout { layers: 1, kv_heads: 2, head_size, block_tokens, kv_type };
+            let tokens = 5 * SPLIT + 40;
+            let blocks: Vec<u32> = (0..tokens.div_ceil(block_tokens) as u32).rev().collect();
             let shape = AttentionShape { heads: 4, scale: 0.3, window: None };
             let mut kv = self.kv(layout, blocks.len());
             let mut position = 0;
-            for end in [510, 511, 512, 513, 1023, 1024, 1030, tokens] {
+            let ends = [
+                (SPLIT - 2, None),
+                (SPLIT - 1, None),
+                (SPLIT, None),
+                (SPLIT + 1, Some(SPLIT + 7)),
+                // Every row of a step sees more, and with a window less, than the one before.
+                (2 * SPLIT - 1, Some(SPLIT / 2 + 3)),
+                (2 * SPLIT, None),
+                (2 * SPLIT + 6, Some(SPLIT + 7)),
+                (4 * SPLIT + 3, None),
+                (5 * SPLIT + 30, Some(2 * SPLIT + 1)),
+                (5 * SPLIT + 32, Some(3 * SPLIT)),
+                (tokens, Some(5)),
+            ];
+            for (end, window) in ends {
                 let spans = [Span { rows: 0..end - position, position, blocks: &blocks }];
-                // A window that begins inside a split before this one, for every other step.
-                let window = (end % 2 == 0).then_some(ATTENTION_SPLIT + 7);
                 let shape = AttentionShape { window, ..shape };
                 let out = self.step(&mut random, shape, layout, 0, &mut kv, &spans);
                 let case = format!("attention at {position}..{end}, {kv_type:?}, {window:?}");
@@ -528,13 +578,47 @@ impl<B: Backend> Pair<'_, B> {
             // Two sequences, one long and one that shares its first blocks.
             let spans = [
                 Span { rows: 0..1, position: position - 1, blocks: &blocks },
-                Span { rows: 1..3, position: 30, blocks: &blocks[..2] },
+                Span {
+                    rows: 1..3,
+                    position: 30,
+                    blocks: &blocks[..33usize.div_ceil(block_tokens)],
+                },
             ];
             let out = self.step(&mut random, shape, layout, 0, &mut kv, &spans[..1]);
             self.compare(&out, 1, &format!("one token far on, {kv_type:?}"));
             let out = self.step(&mut random, shape, layout, 0, &mut kv, &spans);
             self.compare(&out, 3, &format!("a long and a short sequence, {kv_type:?}"));
         }
+    }
+
+    /// Half-precision keys and values take the largest finite number in place of an infinity, so that
+    /// a large value is large and not the end of the sequence.
+    fn large_values(&self) {
+        let layout = KvLayout {
+            layers: 1,
+            kv_heads: 1,
+            head_size: 4,
+            block_tokens: 4,
+            kv_type: KvType::F16,
+        };
+        let mut kv = self.kv(layout, 1);
+        let values = [65_504.0, 65_519.0, 65_520.0, -1e9, 1e-7, -7e4, 3.0, f32::INFINITY];
+        let (k, v) = (self.buffer(2, 4, &[0.0; 8]), self.buffer(2, 4, &values));
+        let spans = [Span { rows: 0..2, position: 0, blocks: &[0] }];
+        self.backend.kv_write(&mut kv.ours, 0, &k.ours, &v.ours, &spans);
+        self.reference.kv_write(&mut kv.theirs, 0, &k.theirs, &v.theirs, &spans);
+        let q = self.buffer(2, 4, &[1.0; 8]);
+        let mut out = self.unwritten(2, 4);
+        // A window of one token shows each value as it is stored.
+        let shape = AttentionShape { heads: 1, scale: 1.0, window: Some(1) };
+        self.backend.attention(shape, 0, &q.ours, &kv.ours, &spans, &mut out.ours);
+        self.reference.attention(shape, 0, &q.theirs, &kv.theirs, &spans, &mut out.theirs);
+        self.compare(&out, 2, "values beyond half precision");
+        let mut read = Vec::new();
+        self.reference.read(&out.theirs, 2, &mut read).expect("memory is there");
+        let stored =
+            [65_504.0, 65_504.0, 65_504.0, -65_504.0, 1.192_092_9e-7, -65_504.0, 3.0, 65_504.0];
+        assert_eq!(read, stored);
     }
 
     /// Copied, exported and imported blocks hold what the original ones do.

@@ -20,7 +20,83 @@ instantiate! {
     name: "avx512",
     ternary_int8: ternary_int8,
     decode_f16: avx2::decode_f16,
-    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl")]
+    lanes: Sixteen,
+    #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
+}
+
+/// Sixteen f32 lanes.
+#[derive(Clone, Copy)]
+struct Sixteen(__m512);
+
+// SAFETY of the blocks below: the contract of `Lanes`.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Lanes for Sixteen {
+    type Sums = __m512i;
+    type Pairs = __m512i;
+    const ROWS: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        unsafe { Sixteen(_mm512_set1_ps(x)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load(x: *const f32) -> Self {
+        unsafe { Sixteen(_mm512_loadu_ps(x)) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(x: *const [u8; 2]) -> Self {
+        unsafe { Sixteen(_mm512_cvtph_ps(_mm256_loadu_si256(x.cast()))) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, out: *mut f32) {
+        unsafe { _mm512_storeu_ps(out, self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        unsafe { Sixteen(_mm512_mul_ps(self.0, other.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, a: f32, b: Self) -> Self {
+        unsafe { Sixteen(_mm512_fmadd_ps(_mm512_set1_ps(a), b.0, self.0)) }
+    }
+
+    #[inline(always)]
+    unsafe fn no_sums() -> __m512i {
+        unsafe { _mm512_setzero_si512() }
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(x: *const i32) -> __m512i {
+        unsafe { _mm512_loadu_si512(x.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_sums(sums: __m512i, out: *mut i32) {
+        unsafe { _mm512_storeu_si512(out.cast(), sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs(first: *const i8, second: *const i8) -> __m512i {
+        unsafe {
+            let (a, b) = (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast()));
+            _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sums: __m512i, a: i32, pairs: __m512i) -> __m512i {
+        unsafe { _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(a), pairs) }
+    }
+
+    #[inline(always)]
+    unsafe fn from_sums(sums: __m512i) -> Self {
+        unsafe { Sixteen(_mm512_cvtepi32_ps(sums)) }
+    }
 }
 
 /// See [`Kernels::ternary_int8`]. vpdpbusd sums in 32 bits, so nothing here can overflow before

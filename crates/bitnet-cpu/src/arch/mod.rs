@@ -10,6 +10,7 @@
 //! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
 //! functions can run here.
 
+mod attention;
 #[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
@@ -19,8 +20,6 @@ mod generic;
 mod neon;
 mod scalar;
 
-use std::ops::Range;
-
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
 use bitnet_quant::activation::QuantizedRow;
@@ -28,7 +27,8 @@ use bitnet_quant::packing::tile;
 
 use crate::Isa;
 
-pub(crate) use generic::{BandScale, HeadPlace, HeadRow, KvRows, Query, partial_len};
+pub(crate) use attention::{Attention, KvData, PANEL, Room, panel_place, partial_len, room_len};
+pub(crate) use generic::{BandScale, HeadRow};
 
 /// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
 pub(crate) type Tile = [u8; tile::BYTES];
@@ -74,7 +74,7 @@ pub(crate) struct Kernels {
     add: unsafe fn(&mut [f32], &[f32]),
     decode: unsafe fn(DType, &[u8], &mut [f32]),
     head_row: unsafe fn(HeadRow<'_>, &mut [f32], &mut [f32]),
-    attend: unsafe fn(Query<'_>, Range<usize>, &mut [f32], &mut [f32]),
+    attend: unsafe fn(&Attention<'_>, usize, Room<'_>, &mut [f32]),
     merge: unsafe fn(usize, &mut [f32], &[f32]),
     finish: unsafe fn(usize, &[f32], &mut [f32]),
 }
@@ -184,10 +184,9 @@ methods! {
     decode(dtype: DType, bytes: &[u8], out: &mut [f32]);
     /// `out[t] = row · inputs[t]`; `decoded` is room for one row.
     head_row(row: HeadRow<'_>, decoded: &mut [f32], out: &mut [f32]);
-    /// Attention of the query heads that share a key/value head over tokens of one split, into
-    /// `partials` `[query heads, partial_len(head_size)]`. `room` holds one head and
-    /// `ATTENTION_SPLIT` numbers per query head.
-    attend(query: Query<'_>, tokens: Range<usize>, room: &mut [f32], partials: &mut [f32]);
+    /// Attention over the keys of one split, into `partials` `[tokens * shared,
+    /// partial_len(head_size)]`; `room` is as large as `room_len` says.
+    attend(attention: &Attention<'_>, split: usize, room: Room<'_>, partials: &mut [f32]);
     /// Joins the partial results of a later split to `totals`.
     merge(head_size: usize, totals: &mut [f32], parts: &[f32]);
     /// Turns the joined results of all splits into attention outputs.
@@ -200,6 +199,7 @@ macro_rules! instantiate {
         name: $name:expr,
         ternary_int8: $ternary_int8:path,
         decode_f16: $decode_f16:path,
+        lanes: $lanes:ty,
         $(#[$features:meta])?
     ) => {
         $(#[$features])?
@@ -268,16 +268,21 @@ macro_rules! instantiate {
             generic::head_row(row, decoded, out, |half, out| $decode_f16(half, out));
         }
         $(#[$features])?
-        fn attend(query: Query<'_>, tokens: Range<usize>, room: &mut [f32], partials: &mut [f32]) {
-            generic::attend(query, tokens, room, partials, |half, out| $decode_f16(half, out));
+        fn attend(
+            attention: &Attention<'_>,
+            split: usize,
+            room: Room<'_>,
+            partials: &mut [f32],
+        ) {
+            attention::attend::<$lanes>(attention, split, room, partials);
         }
         $(#[$features])?
         fn merge(head_size: usize, totals: &mut [f32], parts: &[f32]) {
-            generic::merge(head_size, totals, parts);
+            attention::merge(head_size, totals, parts);
         }
         $(#[$features])?
         fn finish(head_size: usize, totals: &[f32], out: &mut [f32]) {
-            generic::finish(head_size, totals, out);
+            attention::finish(head_size, totals, out);
         }
 
         pub(super) static KERNELS: Kernels = Kernels {
@@ -306,10 +311,10 @@ use instantiate;
 
 /// What [`instantiate`] names, for the files that use it.
 mod parts {
+    pub(super) use super::attention::{self, Attention, Lanes, Room};
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Query, Tile, generic, instantiate, prefetch, tile,
+        BandScale, HeadRow, Kernels, Tile, generic, instantiate, prefetch, tile,
     };
-    pub(super) use std::ops::Range;
 
     pub(super) use bitnet_core::backend::Activation;
     pub(super) use bitnet_core::{DType, numerics};

@@ -32,12 +32,86 @@ instantiate! {
     name: "scalar",
     ternary_int8: ternary_int8,
     decode_f16: decode_f16,
+    lanes: Sixteen,
+}
+
+/// Sixteen f32 lanes.
+#[derive(Clone, Copy)]
+struct Sixteen([f32; 16]);
+
+// SAFETY of the blocks below: the contract of `Lanes`.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Lanes for Sixteen {
+    type Sums = [i32; 16];
+    type Pairs = [[i32; 16]; 2];
+    const ROWS: usize = 1;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Self {
+        Sixteen([x; 16])
+    }
+
+    #[inline(always)]
+    unsafe fn load(x: *const f32) -> Self {
+        unsafe { Sixteen(x.cast::<[f32; 16]>().read()) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(x: *const [u8; 2]) -> Self {
+        unsafe { Sixteen(x.cast::<[[u8; 2]; 16]>().read().map(f16_to_f32)) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, out: *mut f32) {
+        unsafe { out.cast::<[f32; 16]>().write(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn mul(self, other: Self) -> Self {
+        Sixteen(std::array::from_fn(|i| self.0[i] * other.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn add_product(self, a: f32, b: Self) -> Self {
+        Sixteen(std::array::from_fn(|i| a.mul_add(b.0[i], self.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn no_sums() -> [i32; 16] {
+        [0; 16]
+    }
+
+    #[inline(always)]
+    unsafe fn load_sums(x: *const i32) -> [i32; 16] {
+        unsafe { x.cast::<[i32; 16]>().read() }
+    }
+
+    #[inline(always)]
+    unsafe fn store_sums(sums: [i32; 16], out: *mut i32) {
+        unsafe { out.cast::<[i32; 16]>().write(sums) }
+    }
+
+    #[inline(always)]
+    unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
+        unsafe { [first, second].map(|x| x.cast::<[i8; 16]>().read().map(i32::from)) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_pairs(sums: [i32; 16], a: i32, pairs: Self::Pairs) -> [i32; 16] {
+        let (low, high) = (i32::from(a as i16), a >> 16);
+        std::array::from_fn(|i| sums[i] + low * pairs[0][i] + high * pairs[1][i])
+    }
+
+    #[inline(always)]
+    unsafe fn from_sums(sums: [i32; 16]) -> Self {
+        Sixteen(sums.map(|sum| sum as f32))
+    }
 }
 
 #[cfg(target_arch = "x86_64")]
 mod fused {
     use super::super::parts::*;
-    use super::decode_f16;
+    use super::{Sixteen, decode_f16};
 
     /// See [`Kernels::ternary_int8`].
     #[target_feature(enable = "fma")]
@@ -49,6 +123,7 @@ mod fused {
         name: "scalar",
         ternary_int8: ternary_int8,
         decode_f16: decode_f16,
+        lanes: Sixteen,
         #[target_feature(enable = "fma")]
     }
 }

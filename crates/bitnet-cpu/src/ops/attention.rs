@@ -4,32 +4,23 @@ use std::ops::Range;
 
 use bitnet_core::backend::{AttentionShape, Span};
 use bitnet_core::numerics::ATTENTION_SPLIT;
+use bitnet_quant::packing::blocks::f32_to_f16;
 
 use super::{Compute, at_least, lock};
-use crate::arch::{Query, partial_len};
+use crate::arch::{Attention, Room, partial_len, room_len};
 use crate::buffer::Buffer;
-use crate::kv::{KvStore, Side};
-use crate::threads::Chunks;
+use crate::kv::{KvStore, LayerMut, Side, scatter};
+use crate::threads::{Chunks, Partition, Strips, ThreadPool};
 
-/// The query heads of one row that share a key/value head.
-struct Job<'a> {
-    query: Query<'a>,
-    /// Tokens that the row sees.
-    seen: Range<usize>,
-}
+/// Rows of scores (query heads of tokens) that share each load of a key or value: what they need
+/// fits the second-level cache beside a panel.
+const ROWS: usize = 64;
 
-impl Job<'_> {
-    /// The splits that hold seen tokens.
-    fn splits(&self) -> Range<usize> {
-        self.seen.start / ATTENTION_SPLIT..self.seen.end.div_ceil(ATTENTION_SPLIT)
-    }
+/// Products of attention below which waking other threads costs more than it saves.
+const SMALL: usize = 300_000;
 
-    /// The seen tokens of one split.
-    fn tokens(&self, split: usize) -> Range<usize> {
-        let (start, end) = (split * ATTENTION_SPLIT, (split + 1) * ATTENTION_SPLIT);
-        self.seen.start.max(start)..self.seen.end.min(end)
-    }
-}
+/// Numbers to be stored below which it does.
+const SMALL_WRITE: usize = 16_384;
 
 impl Compute {
     pub(crate) fn kv_write(
@@ -40,18 +31,65 @@ impl Compute {
         v: &Buffer,
         spans: &[Span<'_>],
     ) {
-        let head_size = kv.layout().head_size;
-        for (side, x) in [(Side::Key, k), (Side::Value, v)] {
-            for head in 0..kv.layout().kv_heads {
-                let place = kv.place(layer, side, head);
-                for span in spans {
-                    for (token, row) in (span.position..).zip(span.rows.clone()) {
-                        let values = &x.row(row)[head * head_size..(head + 1) * head_size];
-                        kv.write(self.kernels, place.row(span.blocks, token), values);
-                    }
+        let layout = *kv.layout();
+        let (kv_heads, head_size) = (layout.kv_heads, layout.head_size);
+        let tokens = kv.tokens();
+        if tokens == 0 {
+            return;
+        }
+        // Calls `write` with block, place in the block and values of each token of one head.
+        let each = |index: usize, write: &mut dyn FnMut(usize, usize, Side, &[f32])| {
+            let (side, x) = if index < kv_heads { (Side::Key, k) } else { (Side::Value, v) };
+            let columns = index % kv_heads * head_size..(index % kv_heads + 1) * head_size;
+            for span in spans {
+                for (token, row) in (span.position..).zip(span.rows.clone()) {
+                    let block = span.blocks[token / layout.block_tokens] as usize;
+                    write(block, token % layout.block_tokens, side, &x.row(row)[columns.clone()]);
                 }
             }
+        };
+        let rows: usize = spans.iter().map(|span| span.rows.len()).sum();
+        let small = 2 * rows * kv_heads * head_size < SMALL_WRITE;
+        let piece = layout.block_tokens * head_size;
+        match kv.layer_mut(layer) {
+            LayerMut::F32(data) => {
+                self.share(small, Chunks::new(data, tokens * head_size), |_, (index, data)| {
+                    each(index, &mut |block, token, side, values| {
+                        let piece = &mut data[block * piece..(block + 1) * piece];
+                        scatter(piece, &layout, side, token, values.iter().copied());
+                    });
+                });
+            }
+            LayerMut::F16(data) => {
+                self.share(small, Chunks::new(data, tokens * head_size), |_, (index, data)| {
+                    each(index, &mut |block, token, side, values| {
+                        let piece = &mut data[block * piece..(block + 1) * piece];
+                        let halves = values.iter().map(|&value| f32_to_f16(value));
+                        scatter(piece, &layout, side, token, halves);
+                    });
+                });
+            }
+            LayerMut::Int8(data, scales) => {
+                let scratch = self.scratch();
+                let threads = &scratch.threads;
+                let heads = (Chunks::new(data, tokens * head_size), Chunks::new(scales, tokens));
+                self.share(small, heads, |thread, ((index, data), (_, scales))| {
+                    let mut own = lock(&threads[thread]);
+                    let quantized = at_least(&mut own.bytes, head_size);
+                    each(index, &mut |block, token, side, values| {
+                        scales[block * layout.block_tokens + token] =
+                            self.kernels.quantize_head(values, quantized);
+                        let piece = &mut data[block * piece..(block + 1) * piece];
+                        scatter(piece, &layout, side, token, quantized.iter().copied());
+                    });
+                });
+            }
         }
+    }
+
+    /// Runs parts on all threads, or on the calling one if they are small.
+    fn share<P: Partition>(&self, small: bool, parts: P, work: impl Fn(usize, P::Part) + Sync) {
+        if small { ThreadPool::run_alone(parts, work) } else { self.pool.run(parts, work) }
     }
 
     pub(crate) fn attention(
@@ -63,77 +101,128 @@ impl Compute {
         spans: &[Span<'_>],
         out: &mut Buffer,
     ) {
-        let (kv_heads, head_size) = (kv.layout().kv_heads, kv.layout().head_size);
+        let layout = *kv.layout();
+        let (kv_heads, head_size) = (layout.kv_heads, layout.head_size);
         assert!(shape.heads.is_multiple_of(kv_heads), "query heads share key/value heads evenly");
         assert_eq!(q.cols(), shape.heads * head_size, "width of the queries");
         let shared = shape.heads / kv_heads;
+        let width = shape.heads * head_size;
         let rows = spans.iter().map(|span| span.rows.end).max().unwrap_or(0);
-        let out = out.shape(rows, shape.heads * head_size);
-        let longest = spans.iter().map(|span| span.position + span.rows.len()).max().unwrap_or(0);
+        let out = out.shape(rows, width);
 
-        // Jobs are numbered as the pieces of `out` that they fill: row by row, head by head.
-        let job = |index: usize| {
-            let (row, head) = (index / kv_heads, index % kv_heads);
-            let span = spans.iter().find(|span| span.rows.contains(&row))?;
-            let position = span.position + row - span.rows.start;
-            let first = shape.window.map_or(0, |window| (position + 1).saturating_sub(window));
-            let query = Query {
-                queries: &q.row(row)[head * shared * head_size..][..shared * head_size],
-                head_size,
-                scale: shape.scale,
-                rows: &kv.rows,
-                keys: kv.place(layer, Side::Key, head),
-                values: kv.place(layer, Side::Value, head),
-                blocks: span.blocks,
-            };
-            Some(Job { query, seen: first..position + 1 })
+        // A tile is some tokens with the query heads of one key/value head.
+        let longest_span = spans.iter().map(|span| span.rows.len()).max().unwrap_or(0);
+        let height = (ROWS / shared).clamp(1, longest_span.max(1));
+        // What the tokens of one sequence among rows see through one key/value head.
+        let pieces = |rows: Range<usize>, head: usize| {
+            spans.iter().filter_map(move |span| {
+                let own = span.rows.start.max(rows.start)..span.rows.end.min(rows.end);
+                let first = head * shared * head_size;
+                (!own.is_empty()).then(|| {
+                    let attention = Attention {
+                        queries: &q.rows(own.end)[own.start * width + first..],
+                        stride: width,
+                        shared,
+                        head_size,
+                        position: span.position + own.start - span.rows.start,
+                        tokens: own.len(),
+                        window: shape.window,
+                        scale: shape.scale,
+                        data: &kv.data,
+                        keys: kv.first_piece(layer, Side::Key, head),
+                        values: kv.first_piece(layer, Side::Value, head),
+                        block_tokens: layout.block_tokens,
+                        blocks: span.blocks,
+                    };
+                    (own, attention)
+                })
+            })
         };
         let partial = shared * partial_len(head_size);
-        let room = head_size + shared * ATTENTION_SPLIT;
+        let (floats, shorts) = room_len(height * shared, head_size);
         let mut scratch = self.scratch();
         let scratch = &mut *scratch;
         let threads = &scratch.threads;
-        let jobs = rows * kv_heads;
-        let splits = longest.div_ceil(ATTENTION_SPLIT);
+        let tiles = rows.div_ceil(height);
+        let jobs = tiles * kv_heads;
+        let (mut splits, mut products) = (0, 0);
+        for span in spans {
+            let end = span.position + span.rows.len();
+            splits = splits.max(end.div_ceil(ATTENTION_SPLIT));
+            products += 2 * width * span.rows.len() * end.min(shape.window.unwrap_or(end));
+        }
+        let small = products < SMALL;
 
-        if splits > 1 && jobs < 4 * threads.len() && threads.len() > 1 {
-            // Few jobs over a long context: the threads share the splits.
-            let partials = at_least(&mut scratch.partials, jobs * splits * partial);
-            self.pool.run(Chunks::new(partials, partial), |thread, (index, partials)| {
-                let Some(job) = job(index / splits) else { return };
-                let split = index % splits;
-                if job.splits().contains(&split) {
-                    let mut own = lock(&threads[thread]);
-                    let room = at_least(&mut own.floats, room);
-                    self.kernels.attend(job.query, job.tokens(split), room, partials);
+        if splits > 1 && jobs < 4 * threads.len() && threads.len() > 1 && !small {
+            // Few tiles over a long context: the threads share the splits.
+            let tile = height * partial;
+            let partials = at_least(&mut scratch.partials, jobs * splits * tile);
+            self.pool.run(Chunks::new(partials, tile), |thread, (index, partials)| {
+                // All tiles of a split, then the next split: the shorter last ones come last.
+                let (split, job) = (index / jobs, index % jobs);
+                let first = job / kv_heads * height;
+                for (own, attention) in pieces(first..first + height, job % kv_heads) {
+                    if attention.splits().contains(&split) {
+                        let mut scratch = lock(&threads[thread]);
+                        let scratch = &mut *scratch;
+                        let room = Room {
+                            floats: at_least(&mut scratch.floats, floats),
+                            shorts: at_least(&mut scratch.shorts, shorts),
+                        };
+                        let partials = &mut partials[(own.start - first) * partial..];
+                        self.kernels.attend(&attention, split, room, partials);
+                    }
                 }
             });
-            let pieces = out.chunks_exact_mut(shared * head_size).enumerate();
-            for ((index, out), partials) in pieces.zip(partials.chunks_exact_mut(splits * partial))
-            {
-                let Some(job) = job(index) else { continue };
-                let mut done = partials[job.splits().start * partial..].chunks_exact_mut(partial);
-                let total = done.next().expect("a token sees at least itself");
-                for part in done.take(job.splits().len() - 1) {
-                    self.kernels.merge(head_size, total, part);
+            for job in 0..jobs {
+                let (first, head) = (job / kv_heads * height, job % kv_heads);
+                for (own, attention) in pieces(first..first + height, head) {
+                    let place = |split: usize| {
+                        let start = (split * jobs + job) * tile + (own.start - first) * partial;
+                        start..start + own.len() * partial
+                    };
+                    let splits = attention.splits();
+                    let (total, later) = partials.split_at_mut(place(splits.start).end);
+                    let skipped = total.len();
+                    let total = &mut total[place(splits.start)];
+                    for split in splits.skip(1) {
+                        let part = place(split).start - skipped..place(split).end - skipped;
+                        self.kernels.merge(head_size, total, &later[part]);
+                    }
+                    for (row, total) in own.zip(total.chunks_exact(partial)) {
+                        let out = &mut out[row * width + head * shared * head_size..];
+                        self.kernels.finish(head_size, total, &mut out[..shared * head_size]);
+                    }
                 }
-                self.kernels.finish(head_size, total, out);
             }
         } else {
-            self.pool.run(Chunks::new(out, shared * head_size), |thread, (index, out)| {
-                let Some(job) = job(index) else { return };
-                let mut own = lock(&threads[thread]);
-                let (room, partials) =
-                    at_least(&mut own.floats, room + 2 * partial).split_at_mut(room);
-                let (total, part) = partials.split_at_mut(partial);
-                let mut splits = job.splits();
-                let first = splits.next().expect("a token sees at least itself");
-                self.kernels.attend(job.query, job.tokens(first), room, total);
-                for split in splits {
-                    self.kernels.attend(job.query, job.tokens(split), room, part);
-                    self.kernels.merge(head_size, total, part);
+            let strips = Strips::new(out, width, shared * head_size).cut(height);
+            self.share(small, strips, |thread, mut out| {
+                let head = out.columns().start / (shared * head_size);
+                for (own, attention) in pieces(out.rows(), head) {
+                    let mut scratch = lock(&threads[thread]);
+                    let scratch = &mut *scratch;
+                    let tile = height * partial;
+                    let (room, partials) =
+                        at_least(&mut scratch.floats, floats + 2 * tile).split_at_mut(floats);
+                    let (total, part) = partials.split_at_mut(tile);
+                    let (total, part) =
+                        (&mut total[..own.len() * partial], &mut part[..own.len() * partial]);
+                    let mut attend = |split: usize, partials: &mut [f32]| {
+                        let shorts = at_least(&mut scratch.shorts, shorts);
+                        let room = Room { floats: room, shorts };
+                        self.kernels.attend(&attention, split, room, partials);
+                    };
+                    let splits = attention.splits();
+                    attend(splits.start, total);
+                    for split in splits.skip(1) {
+                        attend(split, part);
+                        self.kernels.merge(head_size, total, part);
+                    }
+                    for (row, total) in own.zip(total.chunks_exact(partial)) {
+                        self.kernels.finish(head_size, total, out.row(row));
+                    }
                 }
-                self.kernels.finish(head_size, total, out);
             });
         }
     }

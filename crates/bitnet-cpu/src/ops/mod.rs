@@ -44,6 +44,7 @@ struct Scratch {
 #[derive(Default)]
 struct ThreadScratch {
     floats: Vec<f32>,
+    shorts: Vec<i16>,
     bytes: Vec<i8>,
     /// Sums of a few bands of a linear layer.
     totals: Vec<[[f32; tile::ROWS]; linears::TOKENS]>,

@@ -78,6 +78,13 @@ pub fn f16_to_f32(bytes: [u8; 2]) -> f32 {
     f32::from_bits(sign | value)
 }
 
+/// The nearest half-precision number, little-endian, ties to even; the largest finite one where the
+/// nearest would be an infinity.
+pub fn f32_to_f16(x: f32) -> [u8; 2] {
+    const LARGEST: f32 = 65_504.0;
+    half::f16::from_f32(x.clamp(-LARGEST, LARGEST)).to_le_bytes()
+}
+
 #[inline(always)]
 fn each_block(
     bytes: &[u8],
