@@ -227,7 +227,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         cos: &Self::Buffer,
         sin: &Self::Buffer,
     );
-    /// `gate = activation(gate) * up`, element by element.
+    /// `gate = activation(gate) * up`, element by element. With [`Activation::Relu2`] that is +0
+    /// wherever `gate <= 0`, whatever `up` is.
     fn gate(&self, gate: &mut Self::Buffer, up: &Self::Buffer, rows: usize, activation: Activation);
     /// `x += y`.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, rows: usize);
