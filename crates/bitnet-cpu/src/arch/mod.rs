@@ -18,6 +18,7 @@ mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod sparse;
 
 use std::ops::Range;
 
@@ -29,6 +30,7 @@ use bitnet_quant::packing::tile;
 use crate::Isa;
 
 pub(crate) use generic::{HeadPlace, HeadRow, KvRows, Query, partial_len};
+pub(crate) use sparse::{planes_len, spread};
 
 /// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
 pub(crate) type Tile = [u8; tile::BYTES];
@@ -54,6 +56,7 @@ pub(crate) struct Kernels {
     attend: unsafe fn(Query<'_>, Range<usize>, &mut [f32], &mut [f32]),
     merge: unsafe fn(usize, &mut [f32], &[f32]),
     finish: unsafe fn(usize, &[f32], &mut [f32]),
+    sparse: &'static sparse::Table,
 }
 
 impl Kernels {
@@ -162,6 +165,7 @@ macro_rules! instantiate {
     (
         name: $name:expr,
         ternary_int8: $ternary_int8:path,
+        sparse: $sparse:path,
         decode_f16: $decode_f16:path,
         $(#[$features:meta])?
     ) => {
@@ -240,6 +244,7 @@ macro_rules! instantiate {
             attend,
             merge,
             finish,
+            sparse: &$sparse,
         };
     };
 }
@@ -247,7 +252,7 @@ use instantiate;
 
 /// What [`instantiate`] names, for the files that use it.
 mod parts {
-    pub(super) use super::{HeadRow, Kernels, Query, Tile, generic, instantiate, tile};
+    pub(super) use super::{HeadRow, Kernels, Query, Tile, generic, instantiate, sparse, tile};
     pub(super) use std::ops::Range;
 
     pub(super) use bitnet_core::backend::Activation;

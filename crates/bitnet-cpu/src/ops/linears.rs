@@ -4,12 +4,13 @@
 //! matrices are shared out, and each band's tiles pass once for every [`TOKENS`] tokens.
 
 use std::ops::Range;
+use std::sync::Mutex;
 
 use bitnet_core::backend::ActivationPrecision;
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
-use super::{Compute, ThreadScratch, at_least, lock};
+use super::{Compute, InputScratch, Scratch, ThreadScratch, at_least, lock};
 use crate::arch::Tile;
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
@@ -18,7 +19,7 @@ use crate::threads::{Chunks, Strip, Strips};
 /// Tokens whose inputs stay in the cache (160 kB at 2560 columns) while bands pass by.
 const TOKENS: usize = 64;
 
-/// Matrices of one fork-join: q, k and v, or gate and up.
+/// Matrices of one fork-join: q, k and v.
 const MATRICES: usize = 4;
 
 /// One number per row of a band, for some tokens.
@@ -26,16 +27,16 @@ type Sums = [[f32; tile::ROWS]];
 
 /// Prepared inputs `[rows, stride]`, zero in the columns past the last.
 #[derive(Clone, Copy)]
-struct Inputs<'a> {
+pub(super) struct Inputs<'a> {
     floats: &'a [f32],
-    quantized: &'a [i8],
-    rows: &'a [QuantizedRow],
+    pub(super) quantized: &'a [i8],
+    pub(super) rows: &'a [QuantizedRow],
     stride: usize,
 }
 
 /// A matrix, and the sums `[rows, groups]` of its quantised inputs if its scales are grouped.
 #[derive(Clone, Copy)]
-struct Task<'a> {
+pub(super) struct Task<'a> {
     linear: &'a Linear,
     group_sums: &'a [i32],
 }
@@ -55,21 +56,24 @@ impl Compute {
             return;
         }
         let mut scratch = self.scratch();
-        let scratch = &mut *scratch;
-        let stride = x.cols().next_multiple_of(tile::COLS);
-        let floats = at_least(&mut scratch.inputs, rows * stride);
-        let quantized = at_least(&mut scratch.quantized, rows * stride);
-        let facts = at_least(&mut scratch.rows, rows);
+        let Scratch { inputs, group_sums, threads, .. } = &mut *scratch;
         let int8 = linears.iter().any(|linear| linear.precision == ActivationPrecision::Int8);
-        self.prepare(x, norm, int8, floats, quantized, facts);
-        let inputs = Inputs { floats, quantized, rows: facts, stride };
+        let inputs = self.prepare(x, rows, norm, int8, inputs);
+        self.multiply(inputs, linears, outs, group_sums, threads);
+    }
 
+    /// `outs[j] = linears[j] · inputs`.
+    pub(super) fn multiply(
+        &self,
+        inputs: Inputs<'_>,
+        linears: &[&Linear],
+        outs: &mut [&mut Buffer],
+        group_sums: &mut Vec<i32>,
+        threads: &[Mutex<ThreadScratch>],
+    ) {
+        let (rows, stride) = (inputs.rows.len(), inputs.stride);
         for (linears, outs) in linears.chunks(MATRICES).zip(outs.chunks_mut(MATRICES)) {
-            let sums = sum_groups(linears, inputs, x.cols(), &mut scratch.group_sums);
-            let tasks: [Option<Task<'_>>; MATRICES] = std::array::from_fn(|j| {
-                let group_sums = &scratch.group_sums[sums[j].clone()];
-                linears.get(j).map(|&linear| Task { linear, group_sums })
-            });
+            let tasks = tasks(linears, inputs, group_sums);
             let features: usize = linears.iter().map(|linear| linear.rows()).sum();
             let parts = self.parts(rows * features.div_ceil(tile::ROWS) * stride);
             let mut outs = outs.iter_mut();
@@ -80,30 +84,31 @@ impl Compute {
                 let out = out.shape(rows, linear.rows());
                 Some(Strips::new(out, linear.rows(), bands * tile::ROWS))
             });
-            let threads = &scratch.threads;
-            self.pool.run(strips, |thread, (which, strip)| {
+            self.pool.run(strips, |thread, (which, mut strip)| {
                 let task = tasks[which].expect("a strip belongs to a matrix");
-                self.strip(task, inputs, &mut lock(&threads[thread]), strip);
+                self.strip(task, inputs, &mut lock(&threads[thread]), &mut strip);
             });
         }
     }
 
-    /// Norms each row into `floats` and quantises it into `quantized`.
-    fn prepare(
+    /// Norms each row and, where that is asked for, quantises it.
+    pub(super) fn prepare<'a>(
         &self,
         x: &Buffer,
+        rows: usize,
         norm: Option<(&[f32], f32)>,
         int8: bool,
-        floats: &mut [f32],
-        quantized: &mut [i8],
-        facts: &mut [QuantizedRow],
-    ) {
+        room: &'a mut InputScratch,
+    ) -> Inputs<'a> {
         let cols = x.cols();
         let stride = cols.next_multiple_of(tile::COLS);
-        let part = facts.len().div_ceil(self.parts(floats.len()));
+        let floats = at_least(&mut room.floats, rows * stride);
+        let quantized = at_least(&mut room.quantized, rows * stride);
+        let facts = at_least(&mut room.rows, rows);
+        let part = rows.div_ceil(self.parts(floats.len()));
         let parts = (
-            (Chunks::new(floats, part * stride), Chunks::new(quantized, part * stride)),
-            Chunks::new(facts, part),
+            (Chunks::new(&mut *floats, part * stride), Chunks::new(&mut *quantized, part * stride)),
+            Chunks::new(&mut *facts, part),
         );
         self.pool.run(parts, |_, (((_, floats), (_, quantized)), (index, facts))| {
             let rows = floats.chunks_exact_mut(stride).zip(quantized.chunks_exact_mut(stride));
@@ -122,15 +127,16 @@ impl Compute {
                 }
             }
         });
+        Inputs { floats, quantized, rows: facts, stride }
     }
 
     /// All tokens of a strip of one matrix's output.
-    fn strip(
+    pub(super) fn strip(
         &self,
         task: Task<'_>,
         inputs: Inputs<'_>,
         own: &mut ThreadScratch,
-        mut strip: Strip<'_>,
+        strip: &mut Strip<'_>,
     ) {
         let columns = strip.columns();
         let mut totals = [[0.0; tile::ROWS]; TOKENS];
@@ -148,24 +154,7 @@ impl Compute {
                         ActivationPrecision::F32 => 1.0,
                     };
                     let out = &mut strip.row(token)[from - columns.start..][..features.len()];
-                    match &task.linear.scale {
-                        Scale::Multiply(scale) => {
-                            out.iter_mut().zip(total).for_each(|(y, acc)| *y = acc / s_x * scale);
-                        }
-                        Scale::Divide(scale) => {
-                            let divisor = s_x * scale;
-                            out.iter_mut().zip(total).for_each(|(y, acc)| *y = acc / divisor);
-                        }
-                        Scale::Rows(scales) => {
-                            let scales = &scales[features.clone()];
-                            for ((y, acc), scale) in out.iter_mut().zip(total).zip(scales) {
-                                *y = acc / s_x * scale;
-                            }
-                        }
-                        Scale::Groups { .. } => {
-                            out.iter_mut().zip(total).for_each(|(y, total)| *y = total / s_x);
-                        }
-                    }
+                    finish(task.linear, s_x, features.clone(), total, out);
                 }
             }
         }
@@ -182,7 +171,8 @@ impl Compute {
         totals: &mut Sums,
     ) {
         let linear = task.linear;
-        let tiles = linear.band(band);
+        let ThreadScratch { tiles, floats: own_floats, bytes: own_bytes, .. } = own;
+        let tiles = linear.band(band, self.kernels, tiles);
         let Scale::Groups { len, values } = &linear.scale else {
             let sum = |token: usize| inputs.rows[token].sum;
             return self.products(linear, tiles, inputs, tokens, sum, totals);
@@ -208,8 +198,8 @@ impl Compute {
                 let first = cols.start / tile::COLS * tile::COLS;
                 let stride = tiles.len() * tile::COLS;
                 let own_cols = cols.start - first..cols.end - first;
-                let floats = at_least(&mut own.floats, tokens.len() * stride);
-                let quantized = at_least(&mut own.bytes, tokens.len() * stride);
+                let floats = at_least(own_floats, tokens.len() * stride);
+                let quantized = at_least(own_bytes, tokens.len() * stride);
                 floats.fill(0.0);
                 quantized.fill(0);
                 for (i, token) in tokens.clone().enumerate() {
@@ -260,14 +250,39 @@ impl Compute {
     }
 }
 
-/// Sums the quantised inputs `[rows, groups]` for each matrix that needs them, one after another
-/// in `sums`, and returns where each has its own.
-fn sum_groups(
-    linears: &[&Linear],
+/// Turns sums of weight times input into outputs: those of `features` of one token whose inputs were
+/// scaled by `s_x`.
+pub(super) fn finish(
+    linear: &Linear,
+    s_x: f32,
+    features: Range<usize>,
+    sums: &[f32],
+    out: &mut [f32],
+) {
+    match &linear.scale {
+        Scale::Multiply(scale) => {
+            out.iter_mut().zip(sums).for_each(|(y, acc)| *y = acc / s_x * scale);
+        }
+        Scale::Divide(scale) => {
+            let divisor = s_x * scale;
+            out.iter_mut().zip(sums).for_each(|(y, acc)| *y = acc / divisor);
+        }
+        Scale::Rows(scales) => {
+            for ((y, acc), scale) in out.iter_mut().zip(sums).zip(&scales[features]) {
+                *y = acc / s_x * scale;
+            }
+        }
+        Scale::Groups { .. } => out.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum / s_x),
+    }
+}
+
+/// The matrices that share an input. The sums of the quantised inputs `[rows, groups]` lie one after
+/// another in `sums`, for each matrix that needs them.
+pub(super) fn tasks<'a>(
+    linears: &[&'a Linear],
     inputs: Inputs<'_>,
-    cols: usize,
-    sums: &mut Vec<i32>,
-) -> [Range<usize>; MATRICES] {
+    sums: &'a mut Vec<i32>,
+) -> [Option<Task<'a>>; MATRICES] {
     sums.clear();
     let mut places = [const { 0..0 }; MATRICES];
     for (linear, place) in linears.iter().zip(&mut places) {
@@ -276,11 +291,14 @@ fn sum_groups(
             (&linear.scale, linear.precision)
         {
             for row in inputs.quantized.chunks_exact(inputs.stride) {
-                let groups = row[..cols].chunks_exact(*len);
+                let groups = row[..linear.cols()].chunks_exact(*len);
                 sums.extend(groups.map(|group| group.iter().map(|&q| i32::from(q)).sum::<i32>()));
             }
         }
         *place = start..sums.len();
     }
-    places
+    std::array::from_fn(|j| {
+        let group_sums = &sums[places[j].clone()];
+        linears.get(j).map(|&linear| Task { linear, group_sums })
+    })
 }
