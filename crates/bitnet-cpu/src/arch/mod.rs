@@ -4,7 +4,8 @@
 //! [`bitnet_core::numerics`]; each instruction set compiles its own copy of them (the macro
 //! [`instantiate`]), which the compiler vectorises. Strict IEEE semantics and fused multiply-adds
 //! make all copies give the same bits. Only the integer product of ternary weights, whose
-//! instructions no compiler finds by itself, is written by hand for each.
+//! instructions no compiler finds by itself, is written by hand for each; [`sparse`] has the products
+//! of chosen rows or columns alone.
 //!
 //! [`Kernels`] is the table of one instruction set. A table is handed out only by
 //! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
