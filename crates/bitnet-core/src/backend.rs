@@ -227,7 +227,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
         cos: &Self::Buffer,
         sin: &Self::Buffer,
     );
-    /// `gate = activation(gate) * up`, element by element.
+    /// `gate = activation(gate) * up`, element by element. With [`Activation::Relu2`] that is +0
+    /// wherever `gate <= 0`, whatever `up` is.
     fn gate(&self, gate: &mut Self::Buffer, up: &Self::Buffer, rows: usize, activation: Activation);
     /// `x += y`.
     fn add(&self, x: &mut Self::Buffer, y: &Self::Buffer, rows: usize);
@@ -313,9 +314,23 @@ pub trait Backend: Send + Sync + Sized + 'static {
         scratch: &mut Scratch<Self>,
         out: &mut Self::Buffer,
     ) {
-        let Scratch { normed, gate, up } = scratch;
-        self.project(x, rows, norm, &[&ffn.gate, &ffn.up], &mut [gate, up], normed);
-        self.gate(gate, up, rows, ffn.activation);
-        self.project(gate, rows, ffn.sub_norm.as_ref(), &[&ffn.down], &mut [out], normed);
+        gated_ffn_by_parts(self, x, rows, norm, ffn, scratch, out);
     }
+}
+
+/// [`Backend::gated_ffn`] by the operations that it is made of: its default body, and what a
+/// backend's own falls back to.
+pub fn gated_ffn_by_parts<B: Backend>(
+    backend: &B,
+    x: &B::Buffer,
+    rows: usize,
+    norm: Option<&Norm<B>>,
+    ffn: &GatedFfn<B>,
+    scratch: &mut Scratch<B>,
+    out: &mut B::Buffer,
+) {
+    let Scratch { normed, gate, up } = scratch;
+    backend.project(x, rows, norm, &[&ffn.gate, &ffn.up], &mut [gate, up], normed);
+    backend.gate(gate, up, rows, ffn.activation);
+    backend.project(gate, rows, ffn.sub_norm.as_ref(), &[&ffn.down], &mut [out], normed);
 }

@@ -186,11 +186,11 @@ pub fn silu(x: f32) -> f32 {
     x / (1.0 + exp(-x))
 }
 
-/// `max(x, 0)²`. The value is +0 wherever `x <= 0`.
+/// `max(gate, 0)² * up`, and +0 wherever `gate <= 0`, whatever `up` is: there `up` need not be known.
+/// A NaN is not at most zero and stays NaN.
 #[inline(always)]
-pub fn relu2(x: f32) -> f32 {
-    let positive = if x > 0.0 { x } else { 0.0 };
-    positive * positive
+pub fn gated_relu2(gate: f32, up: f32) -> f32 {
+    if gate <= 0.0 { 0.0 } else { gate * gate * up }
 }
 
 /// GELU by its tanh approximation, `x / 2 * (1 + tanh(sqrt(2/π) (x + 0.044715 x³)))`
@@ -280,8 +280,18 @@ mod tests {
             let tanh = (0.797_884_560_802_865_4 * (d + 0.044715 * d * d * d)).tanh();
             assert!((f64::from(gelu_tanh(x)) - 0.5 * d * (1.0 + tanh)).abs() < 2e-6);
             assert!((f64::from(silu(x)) - d / (1.0 + (-d).exp())).abs() < 2e-6);
-            assert_eq!(relu2(x), if x > 0.0 { x * x } else { 0.0 });
+            assert_eq!(gated_relu2(x, 0.5), x.max(0.0).powi(2) * 0.5);
         }
-        assert!(relu2(-0.0).is_sign_positive());
+    }
+
+    #[test]
+    fn a_gate_of_zero_or_less_gives_plus_zero_whatever_it_meets() {
+        for gate in [0.0, -0.0, -1e-30, -3.0, f32::NEG_INFINITY] {
+            for up in [1.0, -1.0, f32::INFINITY, f32::NAN] {
+                assert_eq!(gated_relu2(gate, up).to_bits(), 0, "{gate} and {up}");
+            }
+        }
+        assert!(gated_relu2(f32::NAN, 1.0).is_nan());
+        assert!(gated_relu2(1.0, -0.0).is_sign_negative());
     }
 }

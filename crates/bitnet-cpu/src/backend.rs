@@ -1,16 +1,19 @@
 //! [`CpuBackend`]: the memory and the operations of [`Backend`] on the CPU.
 
 use bitnet_core::backend::{
-    Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, Norm, Span,
+    Activation, ActivationPrecision, AttentionShape, Backend, GatedFfn, KvLayout, Norm, Scratch,
+    Span, gated_ffn_by_parts,
 };
-use bitnet_core::{DType, Error, LinearUse, Shortcuts, Tensor, TernaryMatrix, TiledMatrix, budget};
+use bitnet_core::{
+    DType, Error, LinearUse, ShortcutCounts, Shortcuts, Tensor, TernaryMatrix, TiledMatrix, budget,
+};
 use bitnet_quant::packing::tile;
 
 use crate::buffer::Buffer;
 use crate::dispatch::{Isa, unavailable};
 use crate::kv::KvStore;
 use crate::linear::Linear;
-use crate::ops::Compute;
+use crate::ops::{Compute, Ffn};
 use crate::threads::ThreadPool;
 
 /// More threads than any machine this runs on has cores; a larger number is a mistake.
@@ -53,7 +56,10 @@ impl CpuBackend {
         }
         let pool = ThreadPool::new(threads, options.pinned)
             .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
-        Ok(CpuBackend { compute: Compute::new(kernels, pool), copies: options.copies })
+        Ok(CpuBackend {
+            compute: Compute::new(kernels, pool, options.shortcuts),
+            copies: options.copies,
+        })
     }
 
     /// Threads that share each operation, the calling one included.
@@ -97,6 +103,10 @@ impl Backend for CpuBackend {
         let threads = self.threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.compute.kernels.name)
+    }
+
+    fn shortcut_counts(&self) -> ShortcutCounts {
+        self.compute.counts.read()
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, Error> {
@@ -250,5 +260,28 @@ impl Backend for CpuBackend {
         out: &mut Buffer,
     ) {
         self.compute.attention(shape, layer, q, kv, spans, out);
+    }
+
+    fn gated_ffn(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        norm: Option<&Norm<Self>>,
+        ffn: &GatedFfn<Self>,
+        scratch: &mut Scratch<Self>,
+        out: &mut Buffer,
+    ) {
+        if [&ffn.gate, &ffn.up, &ffn.down].iter().any(|linear| linear.norm.is_some()) {
+            return gated_ffn_by_parts(self, x, rows, norm, ffn, scratch, out);
+        }
+        let ffn = Ffn {
+            norm: norm.map(parts),
+            gate: &ffn.gate.weight,
+            up: &ffn.up.weight,
+            activation: ffn.activation,
+            sub_norm: ffn.sub_norm.as_ref().map(parts),
+            down: &ffn.down.weight,
+        };
+        self.compute.gated_ffn(x, rows, ffn, &mut scratch.gate, &mut scratch.up, out);
     }
 }

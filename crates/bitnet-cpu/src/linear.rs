@@ -1,11 +1,11 @@
 //! A ternary matrix as the kernels want it.
 
 use bitnet_core::backend::ActivationPrecision;
-use bitnet_core::{DType, Error, TiledMatrix, WeightScale};
+use bitnet_core::{DType, Error, TileOrder, TiledMatrix, WeightScale};
 use bitnet_quant::packing::tile;
 use bytes::Bytes;
 
-use crate::arch::Tile;
+use crate::arch::{Kernels, Tile};
 
 /// The widest matrix whose sums of code times activation, at most 2 * 128 each, fit 32 bits.
 const MOST_COLUMNS: usize = (i32::MAX / 256) as usize;
@@ -17,6 +17,8 @@ pub struct Linear {
     cols: usize,
     /// See [`bitnet_quant::packing::tile`].
     tiles: Bytes,
+    order: TileOrder,
+    columns: Option<Bytes>,
     pub(crate) scale: Scale,
     pub(crate) precision: ActivationPrecision,
 }
@@ -67,7 +69,8 @@ impl Linear {
                 Scale::Groups { len: *len, values }
             }
         };
-        Ok(Linear { rows, cols, tiles: matrix.tiles().clone(), scale, precision })
+        let (tiles, columns) = (matrix.tiles().clone(), matrix.columns().cloned());
+        Ok(Linear { rows, cols, tiles, order: matrix.order(), columns, scale, precision })
     }
 
     /// Output features.
@@ -80,10 +83,41 @@ impl Linear {
         self.cols
     }
 
-    /// The tiles of sixteen rows.
-    pub(crate) fn band(&self, band: usize) -> &[Tile] {
-        let (tiles, _) = self.tiles.as_chunks();
+    /// The tiles of sixteen rows, which a matrix in row order gets put together in `room`.
+    pub(crate) fn band<'a>(
+        &'a self,
+        band: usize,
+        kernels: &Kernels,
+        room: &'a mut Vec<Tile>,
+    ) -> &'a [Tile] {
         let len = tile::tiles_per_band(self.cols);
-        &tiles[band * len..(band + 1) * len]
+        let bytes = &self.tiles[band * len * tile::BYTES..][..len * tile::BYTES];
+        match self.order {
+            TileOrder::Bands => bytes.as_chunks().0,
+            TileOrder::Rows => {
+                room.resize(len, [0; tile::BYTES]);
+                kernels.band_of_rows(bytes, room);
+                room
+            }
+        }
+    }
+
+    /// Whether outputs are made of one exact integer sum each, which may leave zeros out.
+    fn exact(&self) -> bool {
+        self.precision == ActivationPrecision::Int8 && !matches!(self.scale, Scale::Groups { .. })
+    }
+
+    /// All rows one after another and the bytes of each, if that is how the matrix lies and rows may
+    /// be computed by themselves.
+    pub(crate) fn by_row(&self) -> Option<(&[u8], usize)> {
+        let fits = self.order == TileOrder::Rows && self.exact();
+        fits.then(|| (&self.tiles[..], 4 * tile::tiles_per_band(self.cols)))
+    }
+
+    /// All columns one after another and the bytes of each, if there is such a copy and zero inputs
+    /// may be left out.
+    pub(crate) fn by_column(&self) -> Option<(&[u8], usize)> {
+        let columns = self.columns.as_ref().filter(|_| self.exact())?;
+        Some((columns, tile::column_bytes(self.rows)))
     }
 }

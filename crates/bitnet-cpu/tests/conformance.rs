@@ -1,8 +1,9 @@
 //! Every instruction set and number of threads gives the bits of the reference.
 
+use bitnet_core::Shortcuts;
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_quant::reference::ReferenceBackend;
-use bitnet_testing::conformance::{Tolerance, backend_matches_reference};
+use bitnet_testing::conformance::{Tolerance, backend_matches_reference, zeros_match_reference};
 
 fn conforms(isa: Isa) {
     if !Isa::detected().contains(&isa) {
@@ -14,6 +15,13 @@ fn conforms(isa: Isa) {
             CpuOptions { threads: Some(threads), isa: Some(isa), ..CpuOptions::default() };
         let backend = CpuBackend::new(options).unwrap();
         backend_matches_reference(&backend, &ReferenceBackend, Tolerance::Exact);
+    }
+    for (shortcuts, copies) in
+        [(Shortcuts::ALL, true), (Shortcuts::NONE, true), (Shortcuts::NONE, false)]
+    {
+        let options = CpuOptions { threads: Some(3), isa: Some(isa), shortcuts, copies };
+        let backend = CpuBackend::new(options).unwrap();
+        zeros_match_reference(&backend, &ReferenceBackend, Tolerance::Exact);
     }
 }
 

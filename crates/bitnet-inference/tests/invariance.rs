@@ -4,11 +4,13 @@
 use std::path::PathBuf;
 use std::sync::Arc;
 
+use bitnet_core::Shortcuts;
 use bitnet_core::backend::{Backend, KvType, Span};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::decoder::{Decoder, Step};
 use bitnet_model::source;
+use bitnet_model::tokenizer::Special;
 use bitnet_model::weights::{self, LoadOptions};
 use bitnet_testing::golden::GoldenModel;
 use bitnet_testing::{golden, shared_data, tiny_model};
@@ -85,6 +87,54 @@ fn logits_do_not_depend_on_instruction_set_threads_or_chunks() {
             }
         }
     }
+}
+
+/// The model with these shortcuts and copies, read token by token: the way of decoding.
+fn decoded(path: &std::path::Path, isa: Isa, shortcuts: Shortcuts, copies: bool) -> Model {
+    let options = ModelOptions {
+        isa: Some(isa),
+        threads: Some(2),
+        shortcuts: Some(shortcuts),
+        copies,
+        ..ModelOptions::default()
+    };
+    Model::open(path.to_str().unwrap(), &options).unwrap()
+}
+
+#[test]
+fn logits_do_not_depend_on_shortcuts_or_copies() {
+    let best = *Isa::detected().last().unwrap();
+    for (path, ids) in models() {
+        let expected = logits(&open(&path, best, 1), &ids, ids.len(), KvType::F32);
+        for isa in Isa::detected() {
+            for shortcuts in [Shortcuts::ALL, Shortcuts::NONE] {
+                for copies in [false, true] {
+                    let model = decoded(&path, isa, shortcuts, copies);
+                    let same = logits(&model, &ids, 1, KvType::F32) == expected;
+                    assert!(same, "{} with {isa}, {shortcuts:?}, {copies}", path.display());
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_greedy_text_does_not_depend_on_shortcuts() {
+    let text = |shortcuts| {
+        let model = decoded(&tiny_model(), *Isa::detected().last().unwrap(), shortcuts, true);
+        let mut session = model.session(SessionOptions::default()).unwrap();
+        let mut values = Vec::new();
+        let mut ids = model.tokenizer().encode("Once upon a time", true, Special::AsText).unwrap();
+        let mut rest = ids.clone();
+        for _ in 0..200 {
+            session.feed(&rest, &mut values).unwrap();
+            let best = (0..values.len()).max_by(|&a, &b| values[a].total_cmp(&values[b])).unwrap();
+            rest = vec![best as u32];
+            ids.push(best as u32);
+        }
+        ids
+    };
+    assert_eq!(text(Shortcuts::ALL), text(Shortcuts::NONE));
 }
 
 /// SHA-256 of the logits' bits of every position of the longest prompt, little-endian, as x86-64

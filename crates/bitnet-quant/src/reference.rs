@@ -319,12 +319,11 @@ impl Backend for ReferenceBackend {
         assert_eq!(gate.cols, up.cols);
         let n = rows * gate.cols;
         for (gate, up) in gate.values[..n].iter_mut().zip(&up.values[..n]) {
-            *gate = up
-                * match activation {
-                    Activation::Relu2 => numerics::relu2(*gate),
-                    Activation::Silu => numerics::silu(*gate),
-                    Activation::GeluTanh => numerics::gelu_tanh(*gate),
-                };
+            *gate = match activation {
+                Activation::Relu2 => numerics::gated_relu2(*gate, *up),
+                Activation::Silu => numerics::silu(*gate) * up,
+                Activation::GeluTanh => numerics::gelu_tanh(*gate) * up,
+            };
         }
     }
 

@@ -9,7 +9,8 @@ use bitnet_core::backend::{
     KvType, Norm, Scratch, Span,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
-use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, WeightScale};
+use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};
+use bitnet_quant::packing::tile;
 use bitnet_quant::reference::ReferenceBackend;
 
 use crate::random::Random;
@@ -37,7 +38,9 @@ pub fn backend_matches_reference<B: Backend>(
     pair.rows_move_in_and_out();
     pair.linears();
     pair.linears_together();
+    pair.layouts();
     pair.projections_and_feed_forward();
+    pair.feed_forward_of_zeros();
     pair.norms();
     pair.rope();
     pair.elementwise();
@@ -47,6 +50,20 @@ pub fn backend_matches_reference<B: Backend>(
     pair.long_attention();
     pair.large_values();
     pair.blocks_move();
+}
+
+/// Runs the operations that leave zeros out, for a backend with other options.
+///
+/// # Panics
+/// As [`backend_matches_reference`].
+pub fn zeros_match_reference<B: Backend>(
+    backend: &B,
+    reference: &ReferenceBackend,
+    tolerance: Tolerance,
+) {
+    let pair = Pair { backend, reference, tolerance };
+    pair.layouts();
+    pair.feed_forward_of_zeros();
 }
 
 /// The two backends that do the same.
@@ -269,6 +286,168 @@ impl<B: Backend> Pair<'_, B> {
                 self.compare(out, tokens, &format!("matrix {j} of five, {tokens} tokens"));
             }
         }
+    }
+
+    /// Matrices loaded for each use, and from tiles of each order whatever their scales and precision.
+    fn layouts(&self) {
+        use LinearUse::{Dense, SparseInputs, SparseOutputs};
+        let mut random = Random::new(11);
+        for (rows, cols) in [(1, 3), (17, 100), (33, 320), (100, 1040), (300, 16)] {
+            for scale in scales(&mut random, rows, cols) {
+                let m = matrix(&mut random, rows, cols, scale);
+                for precision in [ActivationPrecision::Int8, ActivationPrecision::F32] {
+                    let mut linears: Vec<B::Linear> = [Dense, SparseOutputs, SparseInputs]
+                        .map(|usage| self.backend.load_linear(&m, precision, usage))
+                        .into_iter()
+                        .collect::<Result<_, _>>()
+                        .expect("a linear");
+                    for order in [TileOrder::Bands, TileOrder::Rows] {
+                        let mut tiles = vec![0; tile::byte_len(rows, cols).expect("a small one")];
+                        tile::pack(&m, order, &mut tiles);
+                        let mut columns = vec![0; cols * tile::column_bytes(rows)];
+                        tile::pack_columns(&m, &mut columns);
+                        let (scale, columns) = (m.scale().clone(), Some(columns.into()));
+                        let tiled =
+                            TiledMatrix::new(rows, cols, scale, order, tiles.into(), columns);
+                        let tiled = tiled.expect("a matrix in tiles");
+                        assert_eq!(tile::untiled(&tiled).expect("the same matrix"), m);
+                        linears.push(self.backend.load_tiled(&tiled, precision).expect("tiles"));
+                    }
+                    let theirs = self.reference.load_linear(&m, precision, Dense).expect("linear");
+                    for tokens in [1, 2, 7, 70] {
+                        let x = self.buffer(tokens, cols, &random.activations(tokens * cols));
+                        let mut out = self.unwritten(tokens, rows);
+                        let outs = &mut [&mut out.theirs];
+                        self.reference.linears(&x.theirs, tokens, None, &[&theirs], outs);
+                        for (i, linear) in linears.iter().enumerate() {
+                            let outs = &mut [&mut out.ours];
+                            self.backend.linears(&x.ours, tokens, None, &[linear], outs);
+                            let case = format!("{rows} x {cols}, {precision:?}, layout {i}");
+                            self.compare(&out, tokens, &case);
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    /// Networks of relu² from all gates dead to all live, in shapes with and without tails.
+    fn feed_forward_of_zeros(&self) {
+        let mut random = Random::new(12);
+        let shapes = [(3, 5), (16, 33), (68, 132), (100, 300), (320, 1040), (20, 8640), (516, 640)];
+        for (hidden, intermediate) in shapes {
+            for (case, precision) in [
+                ("all dead", ActivationPrecision::Int8),
+                ("one live", ActivationPrecision::Int8),
+                ("few live", ActivationPrecision::Int8),
+                ("random", ActivationPrecision::Int8),
+                ("all live", ActivationPrecision::Int8),
+                ("random", ActivationPrecision::F32),
+            ] {
+                // Inputs are positive, so that a row of one sign decides its gate's.
+                let one = random.below(intermediate);
+                let row_of = |random: &mut Random, row: usize| match case {
+                    "all dead" => 0,
+                    "one live" => 2 * usize::from(row == one),
+                    "few live" => 2 * usize::from(random.below(10) == 0),
+                    "all live" => 2,
+                    _ => random.below(3),
+                };
+                let gate = TernaryMatrix::from_rows(
+                    intermediate,
+                    hidden,
+                    WeightScale::Multiply(0.1),
+                    |row, codes| match (case, row_of(&mut random, row)) {
+                        ("random", _) => {
+                            codes.iter_mut().for_each(|code| *code = random.below(3) as u8);
+                        }
+                        (_, code) => codes.fill(code as u8),
+                    },
+                )
+                .expect("a valid matrix");
+                let scale = match hidden % 3 {
+                    0 => WeightScale::Divide(3.0),
+                    1 => WeightScale::Rows((0..intermediate).map(|_| random.signed()).collect()),
+                    _ => WeightScale::Multiply(0.3),
+                };
+                let up = matrix(&mut random, intermediate, hidden, scale);
+                let scale = match hidden % 3 {
+                    0 => WeightScale::Rows((0..hidden).map(|_| random.signed()).collect()),
+                    _ => WeightScale::Divide(0.7),
+                };
+                let down = matrix(&mut random, hidden, intermediate, scale);
+                let norms = random.below(2) == 0;
+                for tokens in [1, 2, 5] {
+                    let values = random.activations(tokens * hidden);
+                    let values: Vec<f32> = values.iter().map(|v| v.abs()).collect();
+                    let case = format!(
+                        "zeros: {hidden} to {intermediate}, {case}, {precision:?}, norms: {norms}"
+                    );
+                    let matrices = [&gate, &up, &down];
+                    self.relu2_case(
+                        &mut random,
+                        matrices,
+                        precision,
+                        norms,
+                        tokens,
+                        &values,
+                        &case,
+                    );
+                }
+            }
+        }
+    }
+
+    #[allow(clippy::too_many_arguments)] // what makes a case
+    fn relu2_case(
+        &self,
+        random: &mut Random,
+        [gate, up, down]: [&TernaryMatrix; 3],
+        precision: ActivationPrecision,
+        norms: bool,
+        tokens: usize,
+        values: &[f32],
+        case: &str,
+    ) {
+        let (hidden, intermediate) = (gate.cols(), gate.rows());
+        let x = self.buffer(tokens, hidden, values);
+        let (our_norm, their_norm) = self.norm(random, hidden);
+        let (our_sub, their_sub) = self.norm(random, intermediate);
+        let mut out = self.unwritten(tokens, hidden);
+        fn run<B: Backend>(
+            backend: &B,
+            [gate, up, down]: [(&TernaryMatrix, LinearUse); 3],
+            precision: ActivationPrecision,
+            [norm, sub_norm]: [Option<Norm<B>>; 2],
+            x: &B::Buffer,
+            tokens: usize,
+            out: &mut B::Buffer,
+        ) {
+            let layer = |(matrix, usage): (&TernaryMatrix, LinearUse)| BitLinear::<B> {
+                weight: backend.load_linear(matrix, precision, usage).expect("a linear"),
+                norm: None,
+            };
+            let buffer = || backend.buffer(tokens, gate.0.rows()).expect("a buffer");
+            let mut scratch = Scratch::<B> { normed: buffer(), gate: buffer(), up: buffer() };
+            let ffn = GatedFfn::<B> {
+                gate: layer(gate),
+                up: layer(up),
+                down: layer(down),
+                activation: Activation::Relu2,
+                sub_norm,
+            };
+            backend.gated_ffn(x, tokens, norm.as_ref(), &ffn, &mut scratch, out);
+        }
+        let uses = [
+            (gate, LinearUse::Dense),
+            (up, LinearUse::SparseOutputs),
+            (down, LinearUse::SparseInputs),
+        ];
+        let ours = [norms.then_some(our_norm), norms.then_some(our_sub)];
+        run(self.backend, uses, precision, ours, &x.ours, tokens, &mut out.ours);
+        let theirs = [norms.then_some(their_norm), norms.then_some(their_sub)];
+        run(self.reference, uses, precision, theirs, &x.theirs, tokens, &mut out.theirs);
+        self.compare(&out, tokens, &format!("{case}, {tokens} tokens"));
     }
 
     /// The composed operations, with and without the norms that some models have.

@@ -23,6 +23,7 @@ pub(super) fn detected() -> bool {
 instantiate! {
     name: "avx2",
     ternary_int8: ternary_int8,
+    sparse: sparse::avx2::TABLE,
     decode_f16: decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "avx2,fma,f16c")]

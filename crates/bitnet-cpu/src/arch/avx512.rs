@@ -19,6 +19,7 @@ pub(super) fn kernels() -> Option<&'static Kernels> {
 instantiate! {
     name: "avx512",
     ternary_int8: ternary_int8,
+    sparse: sparse::avx512::TABLE,
     decode_f16: avx2::decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]

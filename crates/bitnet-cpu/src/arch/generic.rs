@@ -161,16 +161,16 @@ pub(super) fn rope(x: &mut [f32], head_size: usize, cos: &[f32], sin: &[f32]) {
 #[inline(always)]
 pub(super) fn gate(activation: Activation, gate: &mut [f32], up: &[f32]) {
     #[inline(always)]
-    fn apply(gate: &mut [f32], up: &[f32], activation: impl Fn(f32) -> f32) {
+    fn apply(gate: &mut [f32], up: &[f32], gated: impl Fn(f32, f32) -> f32) {
         assert_eq!(gate.len(), up.len());
         for (gate, up) in gate.iter_mut().zip(up) {
-            *gate = activation(*gate) * up;
+            *gate = gated(*gate, *up);
         }
     }
     match activation {
-        Activation::Relu2 => apply(gate, up, numerics::relu2),
-        Activation::Silu => apply(gate, up, numerics::silu),
-        Activation::GeluTanh => apply(gate, up, numerics::gelu_tanh),
+        Activation::Relu2 => apply(gate, up, numerics::gated_relu2),
+        Activation::Silu => apply(gate, up, |gate, up| numerics::silu(gate) * up),
+        Activation::GeluTanh => apply(gate, up, |gate, up| numerics::gelu_tanh(gate) * up),
     }
 }
 

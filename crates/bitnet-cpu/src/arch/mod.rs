@@ -4,7 +4,8 @@
 //! [`bitnet_core::numerics`]; each instruction set compiles its own copy of them (the macro
 //! [`instantiate`]), which the compiler vectorises. Strict IEEE semantics and fused multiply-adds
 //! make all copies give the same bits. Only the integer product of ternary weights, whose
-//! instructions no compiler finds by itself, is written by hand for each.
+//! instructions no compiler finds by itself, is written by hand for each; [`sparse`] has the products
+//! of chosen rows or columns alone.
 //!
 //! [`Kernels`] is the table of one instruction set. A table is handed out only by
 //! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
@@ -19,6 +20,7 @@ mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod scalar;
+mod sparse;
 
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
@@ -29,6 +31,7 @@ use crate::Isa;
 
 pub(crate) use attention::{Attention, KvData, PANEL, Room, panel_place, partial_len, room_len};
 pub(crate) use generic::{BandScale, HeadRow};
+pub(crate) use sparse::{planes_len, spread};
 
 /// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
 pub(crate) type Tile = [u8; tile::BYTES];
@@ -77,6 +80,7 @@ pub(crate) struct Kernels {
     attend: unsafe fn(&Attention<'_>, usize, Room<'_>, &mut [f32]),
     merge: unsafe fn(usize, &mut [f32], &[f32]),
     finish: unsafe fn(usize, &[f32], &mut [f32]),
+    sparse: &'static sparse::Table,
 }
 
 impl Kernels {
@@ -198,6 +202,7 @@ macro_rules! instantiate {
     (
         name: $name:expr,
         ternary_int8: $ternary_int8:path,
+        sparse: $sparse:path,
         decode_f16: $decode_f16:path,
         lanes: $lanes:ty,
         $(#[$features:meta])?
@@ -304,6 +309,7 @@ macro_rules! instantiate {
             attend,
             merge,
             finish,
+            sparse: &$sparse,
         };
     };
 }
@@ -313,7 +319,7 @@ use instantiate;
 mod parts {
     pub(super) use super::attention::{self, Attention, Lanes, Room};
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Tile, generic, instantiate, prefetch, tile,
+        BandScale, HeadRow, Kernels, Tile, generic, instantiate, prefetch, sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;

@@ -19,6 +19,7 @@ pub(super) fn kernels() -> Option<&'static Kernels> {
 instantiate! {
     name: "neon",
     ternary_int8: ternary_int8,
+    sparse: sparse::neon::TABLE,
     decode_f16: decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "neon")]
@@ -196,12 +197,13 @@ unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32;
 }
 
 /// With `sdot`, which sums four products into each 32-bit lane.
-mod dotprod {
+pub(super) mod dotprod {
     use super::*;
 
     instantiate! {
         name: "neon with dotprod",
         ternary_int8: ternary_int8,
+        sparse: sparse::neon::DOTPROD,
         decode_f16: decode_f16,
         lanes: Sixteen,
         #[target_feature(enable = "neon,dotprod")]
@@ -211,7 +213,7 @@ mod dotprod {
     /// (`vdotq_s32`) is not stable yet.
     #[inline]
     #[target_feature(enable = "neon,dotprod")]
-    fn dot(mut acc: int32x4_t, codes: int8x16_t, four: int8x16_t) -> int32x4_t {
+    pub(in crate::arch) fn dot(mut acc: int32x4_t, codes: int8x16_t, four: int8x16_t) -> int32x4_t {
         // SAFETY: an instruction on registers alone, which the enclosing function's features
         // include.
         unsafe {

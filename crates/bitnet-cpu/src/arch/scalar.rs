@@ -31,6 +31,7 @@ fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::
 instantiate! {
     name: "scalar",
     ternary_int8: ternary_int8,
+    sparse: sparse::generic::TABLE,
     decode_f16: decode_f16,
     lanes: Sixteen,
 }
@@ -122,6 +123,7 @@ mod fused {
     instantiate! {
         name: "scalar",
         ternary_int8: ternary_int8,
+        sparse: sparse::generic::TABLE,
         decode_f16: decode_f16,
         lanes: Sixteen,
         #[target_feature(enable = "fma")]

@@ -22,6 +22,9 @@ const SMALL: usize = 300_000;
 /// Numbers to be stored below which it does.
 const SMALL_WRITE: usize = 16_384;
 
+/// Stores the values of one head of a token: block, token within the block, side and values.
+type WriteToken<'a> = dyn FnMut(usize, usize, Side, &[f32]) + 'a;
+
 impl Compute {
     pub(crate) fn kv_write(
         &self,
@@ -38,7 +41,7 @@ impl Compute {
             return;
         }
         // Calls `write` with block, place in the block and values of each token of one head.
-        let each = |index: usize, write: &mut dyn FnMut(usize, usize, Side, &[f32])| {
+        let each = |index: usize, write: &mut WriteToken<'_>| {
             let (side, x) = if index < kv_heads { (Side::Key, k) } else { (Side::Value, v) };
             let columns = index % kv_heads * head_size..(index % kv_heads + 1) * head_size;
             for span in spans {

@@ -10,7 +10,7 @@ use bitnet_core::backend::ActivationPrecision;
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
-use super::{Compute, ThreadScratch, at_least, lock};
+use super::{Compute, InputScratch, Scratch, ThreadScratch, at_least, lock};
 use crate::arch::{BandScale, Tile};
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
@@ -23,7 +23,7 @@ pub(super) const TOKENS: usize = 64;
 /// the processor busy with address translation.
 const BANDS: usize = 4;
 
-/// Matrices of one fork-join: q, k and v, or gate and up.
+/// Matrices of one fork-join: q, k and v.
 const MATRICES: usize = 4;
 
 /// One number per row of a band, for some tokens.
@@ -32,16 +32,16 @@ type Sums = [[f32; tile::ROWS]];
 /// Prepared inputs `[rows, stride]`, zero in the columns past the last. As floats they are there for
 /// matrices that take them so.
 #[derive(Clone, Copy)]
-struct Inputs<'a> {
+pub(super) struct Inputs<'a> {
     floats: &'a [f32],
-    quantized: &'a [i8],
-    rows: &'a [QuantizedRow],
+    pub(super) quantized: &'a [i8],
+    pub(super) rows: &'a [QuantizedRow],
     stride: usize,
 }
 
 /// A matrix, and the sums `[rows, groups]` of its quantised inputs if its scales are grouped.
 #[derive(Clone, Copy)]
-struct Task<'a> {
+pub(super) struct Task<'a> {
     linear: &'a Linear,
     group_sums: &'a [i32],
 }
@@ -61,28 +61,23 @@ impl Compute {
             return;
         }
         let mut scratch = self.scratch();
-        let scratch = &mut *scratch;
-        let stride = x.cols().next_multiple_of(tile::COLS);
-        // Inputs that are quantised are not kept as floats.
-        let has = |precision| linears.iter().any(|linear| linear.precision == precision);
-        let kept = if has(ActivationPrecision::F32) { rows * stride } else { 0 };
-        let floats = at_least(&mut scratch.inputs, kept);
-        let quantized = at_least(&mut scratch.quantized, rows * stride);
-        let facts = at_least(&mut scratch.rows, rows);
-        if !floats.is_empty() {
-            self.norm_rows(x, norm, floats);
-        }
-        if has(ActivationPrecision::Int8) {
-            self.quantize_rows(x, norm, quantized, facts, &scratch.threads);
-        }
-        let inputs = Inputs { floats, quantized, rows: facts, stride };
+        let Scratch { inputs, group_sums, threads, .. } = &mut *scratch;
+        let inputs = self.prepare(x, rows, norm, linears, inputs, threads);
+        self.multiply(inputs, linears, outs, group_sums, threads);
+    }
 
+    /// `outs[j] = linears[j] · inputs`.
+    pub(super) fn multiply(
+        &self,
+        inputs: Inputs<'_>,
+        linears: &[&Linear],
+        outs: &mut [&mut Buffer],
+        group_sums: &mut Vec<i32>,
+        threads: &[Mutex<ThreadScratch>],
+    ) {
+        let (rows, stride) = (inputs.rows.len(), inputs.stride);
         for (linears, outs) in linears.chunks(MATRICES).zip(outs.chunks_mut(MATRICES)) {
-            let sums = sum_groups(linears, inputs, x.cols(), &mut scratch.group_sums);
-            let tasks: [Option<Task<'_>>; MATRICES] = std::array::from_fn(|j| {
-                let group_sums = &scratch.group_sums[sums[j].clone()];
-                linears.get(j).map(|&linear| Task { linear, group_sums })
-            });
+            let tasks = tasks(linears, inputs, group_sums);
             let features: usize = linears.iter().map(|linear| linear.rows()).sum();
             let parts = self.parts(rows * features.div_ceil(tile::ROWS) * stride);
             let mut outs = outs.iter_mut();
@@ -93,12 +88,36 @@ impl Compute {
                 let out = out.shape(rows, linear.rows());
                 Some(Strips::new(out, linear.rows(), bands * tile::ROWS))
             });
-            let threads = &scratch.threads;
-            self.pool.run(strips, |thread, (which, strip)| {
+            self.pool.run(strips, |thread, (which, mut strip)| {
                 let task = tasks[which].expect("a strip belongs to a matrix");
-                self.strip(task, inputs, &mut lock(&threads[thread]), strip);
+                self.strip(task, inputs, &mut lock(&threads[thread]), &mut strip);
             });
         }
+    }
+
+    /// Norms each row, and quantises it for the matrices that take it so.
+    pub(super) fn prepare<'a>(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        norm: Option<(&[f32], f32)>,
+        linears: &[&Linear],
+        room: &'a mut InputScratch,
+        threads: &[Mutex<ThreadScratch>],
+    ) -> Inputs<'a> {
+        let stride = x.cols().next_multiple_of(tile::COLS);
+        let has = |precision| linears.iter().any(|linear| linear.precision == precision);
+        let kept = if has(ActivationPrecision::F32) { rows * stride } else { 0 };
+        let floats = at_least(&mut room.floats, kept);
+        let quantized = at_least(&mut room.quantized, rows * stride);
+        let facts = at_least(&mut room.rows, rows);
+        if !floats.is_empty() {
+            self.norm_rows(x, norm, floats);
+        }
+        if has(ActivationPrecision::Int8) {
+            self.quantize_rows(x, norm, quantized, facts, threads);
+        }
+        Inputs { floats, quantized, rows: facts, stride }
     }
 
     /// Norms each row into `floats`.
@@ -151,12 +170,12 @@ impl Compute {
     }
 
     /// All tokens of a strip of one matrix's output.
-    fn strip(
+    pub(super) fn strip(
         &self,
         task: Task<'_>,
         inputs: Inputs<'_>,
         own: &mut ThreadScratch,
-        mut strip: Strip<'_>,
+        strip: &mut Strip<'_>,
     ) {
         let columns = strip.columns();
         let mut totals = std::mem::take(&mut own.totals);
@@ -206,7 +225,8 @@ impl Compute {
         totals: &mut Sums,
     ) {
         let linear = task.linear;
-        let tiles = linear.band(band);
+        let ThreadScratch { tiles, floats: own_floats, bytes: own_bytes, .. } = own;
+        let tiles = linear.band(band, self.kernels, tiles);
         let Scale::Groups { len, values } = &linear.scale else {
             let sum = |token: usize| inputs.rows[token].sum;
             return self.products(linear, tiles, inputs, tokens, sum, totals);
@@ -233,8 +253,8 @@ impl Compute {
                 let first = cols.start / tile::COLS * tile::COLS;
                 let stride = tiles.len() * tile::COLS;
                 let own_cols = cols.start - first..cols.end - first;
-                let floats = at_least(&mut own.floats, tokens.len() * stride);
-                let quantized = at_least(&mut own.bytes, tokens.len() * stride);
+                let floats = at_least(own_floats, tokens.len() * stride);
+                let quantized = at_least(own_bytes, tokens.len() * stride);
                 floats.fill(0.0);
                 quantized.fill(0);
                 for (i, token) in tokens.clone().enumerate() {
@@ -285,14 +305,40 @@ impl Compute {
     }
 }
 
-/// Sums the quantised inputs `[rows, groups]` for each matrix that needs them, one after another
-/// in `sums`, and returns where each has its own.
-fn sum_groups(
-    linears: &[&Linear],
+/// Turns sums of weight times input into outputs: those of `features` of one token whose inputs were
+/// scaled by `s_x`.
+pub(super) fn finish(
+    linear: &Linear,
+    s_x: f32,
+    features: Range<usize>,
+    sums: &[f32],
+    out: &mut [f32],
+) {
+    match &linear.scale {
+        Scale::Multiply(scale) => {
+            out.iter_mut().zip(sums).for_each(|(y, acc)| *y = acc / s_x * scale);
+        }
+        Scale::Divide(scale) => {
+            let divisor = s_x * scale;
+            out.iter_mut().zip(sums).for_each(|(y, acc)| *y = acc / divisor);
+        }
+        Scale::Rows(scales) => {
+            for ((y, acc), scale) in out.iter_mut().zip(sums).zip(&scales.as_flattened()[features])
+            {
+                *y = acc / s_x * scale;
+            }
+        }
+        Scale::Groups { .. } => out.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum / s_x),
+    }
+}
+
+/// The matrices that share an input. The sums of the quantised inputs `[rows, groups]` lie one after
+/// another in `sums`, for each matrix that needs them.
+pub(super) fn tasks<'a>(
+    linears: &[&'a Linear],
     inputs: Inputs<'_>,
-    cols: usize,
-    sums: &mut Vec<i32>,
-) -> [Range<usize>; MATRICES] {
+    sums: &'a mut Vec<i32>,
+) -> [Option<Task<'a>>; MATRICES] {
     sums.clear();
     let mut places = [const { 0..0 }; MATRICES];
     for (linear, place) in linears.iter().zip(&mut places) {
@@ -301,11 +347,14 @@ fn sum_groups(
             (&linear.scale, linear.precision)
         {
             for row in inputs.quantized.chunks_exact(inputs.stride) {
-                let groups = row[..cols].chunks_exact(*len);
+                let groups = row[..linear.cols()].chunks_exact(*len);
                 sums.extend(groups.map(|group| group.iter().map(|&q| i32::from(q)).sum::<i32>()));
             }
         }
         *place = start..sums.len();
     }
-    places
+    std::array::from_fn(|j| {
+        let group_sums = &sums[places[j].clone()];
+        linears.get(j).map(|&linear| Task { linear, group_sums })
+    })
 }

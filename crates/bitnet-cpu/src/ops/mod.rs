@@ -1,16 +1,21 @@
 //! The operations: each cuts its work into parts for the threads and calls the kernels on them.
 
 mod attention;
+mod ffn;
 mod linears;
 mod rows;
 mod table;
 
+pub(crate) use ffn::Ffn;
+
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use bitnet_core::{ShortcutCounts, Shortcuts};
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
-use crate::arch::Kernels;
+use crate::arch::{Kernels, Tile};
 use crate::threads::ThreadPool;
 
 /// Elements (of a ternary product: columns of bands) below which waking other threads costs more
@@ -21,24 +26,36 @@ const SMALL: usize = 16_384;
 pub(crate) struct Compute {
     pub(crate) kernels: &'static Kernels,
     pub(crate) pool: ThreadPool,
+    pub(crate) shortcuts: Shortcuts,
+    pub(crate) counts: Counts,
     scratch: Mutex<Scratch>,
 }
 
 /// Memory that operations need between their parts. It grows to the largest step and stays.
 #[derive(Default)]
 struct Scratch {
-    /// Normed inputs, rows padded with zeros to whole tiles.
-    inputs: Vec<f32>,
-    /// Quantised inputs, padded likewise.
-    quantized: Vec<i8>,
-    /// Per input row.
-    rows: Vec<QuantizedRow>,
+    inputs: InputScratch,
+    /// Quantised inputs spread for rows computed by themselves.
+    planes: Vec<i8>,
+    /// Sums over shares of the columns.
+    column_sums: Vec<i32>,
     /// Sums of the quantised inputs, per row and scale group, for each length of groups.
     group_sums: Vec<i32>,
     /// Partial results of attention.
     partials: Vec<f32>,
     /// What each thread needs for itself.
     threads: Vec<Mutex<ThreadScratch>>,
+}
+
+/// Prepared inputs of linear layers.
+#[derive(Default)]
+struct InputScratch {
+    /// Normed inputs, rows padded with zeros to whole tiles.
+    floats: Vec<f32>,
+    /// Quantised inputs, padded likewise.
+    quantized: Vec<i8>,
+    /// Per input row.
+    rows: Vec<QuantizedRow>,
 }
 
 #[derive(Default)]
@@ -48,13 +65,48 @@ struct ThreadScratch {
     bytes: Vec<i8>,
     /// Sums of a few bands of a linear layer.
     totals: Vec<[[f32; tile::ROWS]; linears::TOKENS]>,
+    /// A band of a matrix in row order.
+    tiles: Vec<Tile>,
+    /// Rows with a live gate, and their sums.
+    live_rows: Vec<u32>,
+    row_sums: Vec<i32>,
+    /// Columns with a live input, and that input.
+    live_columns: Vec<(u32, i8)>,
+    /// Sums of a few columns.
+    narrow: Vec<i16>,
+}
+
+/// [`ShortcutCounts`] that threads add to.
+#[derive(Default)]
+pub(crate) struct Counts {
+    up_rows: AtomicU64,
+    up_rows_skipped: AtomicU64,
+    down_columns: AtomicU64,
+    down_columns_skipped: AtomicU64,
+}
+
+impl Counts {
+    pub(crate) fn read(&self) -> ShortcutCounts {
+        let read = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        ShortcutCounts {
+            up_rows: read(&self.up_rows),
+            up_rows_skipped: read(&self.up_rows_skipped),
+            down_columns: read(&self.down_columns),
+            down_columns_skipped: read(&self.down_columns_skipped),
+            ..ShortcutCounts::default()
+        }
+    }
+}
+
+fn count(count: &AtomicU64, more: usize) {
+    count.fetch_add(more as u64, Ordering::Relaxed);
 }
 
 impl Compute {
-    pub(crate) fn new(kernels: &'static Kernels, pool: ThreadPool) -> Self {
+    pub(crate) fn new(kernels: &'static Kernels, pool: ThreadPool, shortcuts: Shortcuts) -> Self {
         let threads = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let scratch = Mutex::new(Scratch { threads, ..Scratch::default() });
-        Compute { kernels, pool, scratch }
+        Compute { kernels, pool, shortcuts, counts: Counts::default(), scratch }
     }
 
     /// The scratch of the one operation that runs.

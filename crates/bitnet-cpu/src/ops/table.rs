@@ -41,7 +41,7 @@ impl Compute {
         }
         let mut scratch = self.scratch();
         let scratch = &mut *scratch;
-        let inputs = at_least(&mut scratch.inputs, picks.len() * cols);
+        let inputs = at_least(&mut scratch.inputs.floats, picks.len() * cols);
         for (&pick, input) in picks.iter().zip(inputs.chunks_exact_mut(cols)) {
             self.kernels.rms_norm(x.row(pick), weight, eps, input);
         }

@@ -1,0 +1,199 @@
+//! Gated feed-forward networks: gate and `up` of the same rows in one go, and for a single token
+//! without what zeros make needless.
+//!
+//! Where the gate of relu² is zero or less, the product with `up` is zero whatever `up` is, so that
+//! row of `up` is not computed. A zero among the quantised inputs of `down` adds nothing to any
+//! sum, so that column of `down` is not read. Whether that pays is decided from the zeros of the
+//! very input: few of them do not make up for jumping over them. The sums are of integers, so that
+//! no bit depends on the decision.
+
+use std::sync::Mutex;
+
+use bitnet_core::backend::Activation;
+use bitnet_quant::activation::QuantizedRow;
+use bitnet_quant::packing::tile;
+
+use super::linears::{Inputs, finish, tasks};
+use super::{Compute, Scratch, ThreadScratch, at_least, count, lock};
+use crate::arch::{planes_len, spread};
+use crate::buffer::Buffer;
+use crate::linear::Linear;
+use crate::threads::{Chunks, Strip, Strips};
+
+/// The largest share of live rows of `up`, in per cent, at which leaving the others out was faster
+/// than reading all of them in one go.
+const MOST_LIVE_ROWS: usize = 75;
+
+/// The same of columns of `down`, whose alternative is the product by bands.
+const MOST_LIVE_COLUMNS: usize = 40;
+
+/// The parts of a network whose matrices have no norms of their own.
+#[derive(Clone, Copy)]
+pub(crate) struct Ffn<'a> {
+    pub(crate) norm: Option<(&'a [f32], f32)>,
+    pub(crate) gate: &'a Linear,
+    pub(crate) up: &'a Linear,
+    pub(crate) activation: Activation,
+    pub(crate) sub_norm: Option<(&'a [f32], f32)>,
+    pub(crate) down: &'a Linear,
+}
+
+impl Compute {
+    /// `out = down(sub_norm(activation(gate(norm(x))) * up(norm(x))))`; `gate` and `up` are room for
+    /// the rows in between.
+    pub(crate) fn gated_ffn(
+        &self,
+        x: &Buffer,
+        rows: usize,
+        ffn: Ffn<'_>,
+        gate: &mut Buffer,
+        up: &mut Buffer,
+        out: &mut Buffer,
+    ) {
+        let Ffn { norm, sub_norm, down, .. } = ffn;
+        let width = ffn.up.rows();
+        assert!(ffn.gate.cols() == x.cols() && ffn.up.cols() == x.cols(), "input width");
+        assert!(ffn.gate.rows() == width && down.cols() == width, "intermediate width");
+        if rows == 0 {
+            return;
+        }
+        let mut scratch = self.scratch();
+        let Scratch { inputs: room, planes, column_sums, group_sums, threads, .. } = &mut *scratch;
+        let inputs = self.prepare(x, rows, norm, &[ffn.gate, ffn.up], room, threads);
+        let by_row = ffn.up.by_row().filter(|_| rows == 1);
+        let planes = at_least(planes, by_row.map_or(0, |_| planes_len(inputs.quantized.len())));
+        if by_row.is_some() {
+            spread(inputs.quantized, planes);
+        }
+        let planes = &*planes;
+        let bands = width.div_ceil(tile::ROWS);
+        let parts = self.parts(rows * 2 * bands * tile::ROWS * x.cols());
+        let strip = bands.div_ceil(parts) * tile::ROWS;
+        let strips = (
+            Strips::new(gate.shape(rows, width), width, strip),
+            Strips::new(up.shape(rows, width), width, strip),
+        );
+        let [gate_task, up_task, ..] = tasks(&[ffn.gate, ffn.up], inputs, group_sums);
+        let (gate_task, up_task) = (gate_task.expect("the first"), up_task.expect("the second"));
+        self.pool.run(strips, |thread, (mut gate, mut up)| {
+            let own = &mut lock(&threads[thread]);
+            self.strip(gate_task, inputs, own, &mut gate);
+            match by_row {
+                Some(matrix) => {
+                    self.up_rows(ffn, matrix, inputs, planes, own, gate.row(0), &mut up);
+                }
+                None => self.strip(up_task, inputs, own, &mut up),
+            }
+            for row in 0..rows {
+                self.kernels.gate(ffn.activation, gate.row(row), up.row(row));
+            }
+        });
+
+        let inputs = self.prepare(gate, rows, sub_norm, &[down], room, threads);
+        if rows == 1
+            && self.shortcuts.sparsity
+            && let Some(matrix) = down.by_column()
+        {
+            let live = inputs.quantized.iter().filter(|&&q| q != 0).count();
+            count(&self.counts.down_columns, width);
+            if live * 100 < width * MOST_LIVE_COLUMNS {
+                count(&self.counts.down_columns_skipped, width - live);
+                return self.down_columns(down, matrix, inputs, column_sums, threads, out);
+            }
+        }
+        self.multiply(inputs, &[down], &mut [out], group_sums, threads);
+    }
+
+    /// Rows of `up` by themselves for one token: those with a live gate, or all of the strip. What
+    /// the others get is of no use.
+    #[allow(clippy::too_many_arguments)] // a part of a closure
+    fn up_rows(
+        &self,
+        ffn: Ffn<'_>,
+        (matrix, row_bytes): (&[u8], usize),
+        inputs: Inputs<'_>,
+        planes: &[i8],
+        own: &mut ThreadScratch,
+        gate: &[f32],
+        up: &mut Strip<'_>,
+    ) {
+        let rows = up.columns();
+        let ThreadScratch { live_rows, row_sums, floats, .. } = own;
+        let first = rows.start as u32;
+        let list = at_least(live_rows, rows.len());
+        let mut live = rows.len();
+        if self.shortcuts.sparsity && ffn.activation == Activation::Relu2 {
+            live = 0;
+            for (row, &gate) in (first..).zip(gate) {
+                list[live] = row;
+                // A NaN is not at most zero, and stays.
+                let dead = gate <= 0.0;
+                live += usize::from(!dead);
+            }
+            count(&self.counts.up_rows, rows.len());
+            if live * 100 < rows.len() * MOST_LIVE_ROWS {
+                count(&self.counts.up_rows_skipped, rows.len() - live);
+            } else {
+                live = rows.len();
+            }
+        }
+        let list = &mut list[..live];
+        if live == rows.len() {
+            list.iter_mut().zip(first..).for_each(|(row, next)| *row = next);
+        }
+        let acc = &mut at_least(row_sums, rows.len())[..live];
+        self.kernels.ternary_rows(matrix, row_bytes, planes, list, acc);
+        let QuantizedRow { scale, sum } = inputs.rows[0];
+        let sums = at_least(floats, rows.len());
+        sums.fill(0.0);
+        for (&row, &acc) in list.iter().zip(&*acc) {
+            // A code is a weight plus 1.
+            sums[(row - first) as usize] = (acc - sum) as f32;
+        }
+        finish(ffn.up, scale, rows, sums, up.row(0));
+    }
+
+    /// `down` of one token from the columns that meet an input that is not zero.
+    fn down_columns(
+        &self,
+        down: &Linear,
+        (matrix, column_bytes): (&[u8], usize),
+        inputs: Inputs<'_>,
+        sums: &mut Vec<i32>,
+        threads: &[Mutex<ThreadScratch>],
+        out: &mut Buffer,
+    ) {
+        // Each part has its share of the columns and sums for all rows.
+        let height = 4 * column_bytes;
+        let columns = &inputs.quantized[..down.cols()];
+        let share = columns.len().div_ceil(self.parts(height * columns.len()));
+        let parts = columns.len().div_ceil(share);
+        let sums = at_least(sums, parts * height);
+        self.pool.run(Chunks::new(&mut *sums, height), |thread, (part, sums)| {
+            let ThreadScratch { live_columns, narrow, .. } = &mut *lock(&threads[thread]);
+            let columns = &columns[part * share..];
+            let columns = &columns[..columns.len().min(share)];
+            let list = at_least(live_columns, columns.len());
+            let mut live = 0;
+            for (column, &q) in ((part * share) as u32..).zip(columns) {
+                list[live] = (column, q);
+                live += usize::from(q != 0);
+            }
+            sums.fill(0);
+            let narrow = at_least(narrow, height);
+            self.kernels.ternary_columns(matrix, column_bytes, &list[..live], narrow, sums);
+        });
+        let (sums, others) = sums.split_at_mut(height);
+        for other in others.chunks_exact(height) {
+            sums.iter_mut().zip(other).for_each(|(sum, other)| *sum += other);
+        }
+        let QuantizedRow { scale, sum } = inputs.rows[0];
+        let mut own = lock(&threads[0]);
+        let floats = at_least(&mut own.floats, down.rows());
+        for (float, &acc) in floats.iter_mut().zip(&*sums) {
+            // A code is a weight plus 1.
+            *float = (acc - sum) as f32;
+        }
+        finish(down, scale, 0..down.rows(), floats, out.shape(1, down.rows()));
+    }
+}
