@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
-"""Peak anonymous memory and time while a checkpoint of the shape of BitNet b1.58 2B-4T loads.
+"""Peak anonymous memory and time to the first token of a model of the shape of BitNet b1.58 2B-4T.
 
 Writes a packed Hugging Face checkpoint with random ternary weights below target/ (1.2 GB, kept for
-the next run), runs `bitnet run --tokens 1 -n 1` on it and samples RssAnon of the process. Needs
-only Python's standard library and target/release/bitnet (cargo build --release).
+the next run), converts it to a native file, runs `bitnet run "Once upon a time" -n 1` on both and
+samples RssAnon of the process. `--tokenizer FILE` puts another tokenizer.json in the checkpoint;
+other arguments go to `bitnet run`. Needs only Python's standard library and target/release/bitnet
+(cargo build --release).
 """
+import argparse
 import json
 import os
 import random
@@ -97,19 +100,10 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
-def main() -> None:
-    bitnet = ROOT / "target/release/bitnet"
-    if not bitnet.exists():
-        sys.exit(f"{bitnet} is not there: run cargo build --release first")
-    directory = ROOT / "target/load-2b"
-    if not (directory / "model.safetensors").exists():
-        write_checkpoint(directory)
-    packed = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS
-                       + 3 * HIDDEN * INTERMEDIATE) // 4
+def measure(name: str, command: list, packed: int) -> None:
     for attempt in range(3):
         start = time.monotonic()
-        process = subprocess.Popen([bitnet, "run", "--tokens", "1", "-n", "1", "-m", directory, *sys.argv[1:]],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         peak = 0
         while process.poll() is None:
             peak = max(peak, anonymous_bytes(process.pid))
@@ -117,8 +111,32 @@ def main() -> None:
         seconds = time.monotonic() - start
         if process.returncode:
             sys.exit(f"bitnet failed with exit code {process.returncode}")
-        print(f"run {attempt + 1}: {seconds:.2f} s, peak anonymous memory {peak / 1e6:.1f} MB, "
-              f"packed weights {packed / 1e6:.1f} MB, difference {(peak - packed) / 1e6:.1f} MB")
+        print(f"{name}, run {attempt + 1}: {seconds:.2f} s, peak anonymous memory {peak / 1e6:.1f} MB, "
+              f"of which beyond the weights in memory {(peak - packed) / 1e6:.1f} MB")
+
+
+def main() -> None:
+    bitnet = ROOT / "target/release/bitnet"
+    if not bitnet.exists():
+        sys.exit(f"{bitnet} is not there: run cargo build --release first")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokenizer", type=Path)
+    options, rest = parser.parse_known_args()
+    directory = ROOT / "target/load-2b"
+    if not (directory / "model.safetensors").exists():
+        write_checkpoint(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(ROOT / "models/tiny" / name, directory / name)
+    if options.tokenizer:
+        shutil.copyfile(options.tokenizer, directory / "tokenizer.json")
+        (directory / "tokenizer_config.json").write_text("{}")
+    native = ROOT / "target/load-2b.bitnet"
+    subprocess.run([bitnet, "convert", directory, native], check=True)
+    packed = LAYERS * (2 * HIDDEN * HIDDEN + 2 * HIDDEN * HIDDEN * KV_HEADS // HEADS
+                       + 3 * HIDDEN * INTERMEDIATE) // 4
+    run = [bitnet, "run", "Once upon a time", "-n", "1", *rest, "-m"]
+    measure("checkpoint", [*run, directory], packed)
+    measure("native file", [*run, native], 0)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     max_term_width = 80,
     after_help = "\
 MODEL is `tiny` (built in, the default), the folder of a Hugging Face
-checkpoint, or a .gguf file. Results go to stdout, with --json for machines;
+checkpoint, or a .gguf or .bitnet file. Results go to stdout, with --json for machines;
 notes and timing go to stderr.
 
 Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
@@ -48,6 +48,8 @@ pub enum Command {
     Detokenize(DetokenizeArgs),
     /// Turn a text into one vector, with an embedding model
     Embed(EmbedArgs),
+    /// Write a model as a .bitnet file, which starts at once
+    Convert(ConvertArgs),
     /// Describe a model without loading its weights
     Info(InfoArgs),
     /// List the devices a model can run on
@@ -59,7 +61,7 @@ pub enum Command {
 /// A model by itself.
 #[derive(Debug, Args)]
 pub struct ModelName {
-    /// `tiny` (built in), a checkpoint folder, or a .gguf file
+    /// `tiny` (built in), a checkpoint folder, or a .gguf or .bitnet file
     #[arg(short, long, value_name = "MODEL", default_value = "tiny")]
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub model: String,
@@ -84,6 +86,14 @@ pub struct ModelArgs {
     #[arg(long)]
     pub pin: bool,
 
+    #[command(flatten)]
+    pub file: FileArgs,
+}
+
+/// What a model's file may leave open.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct FileArgs {
     /// Layout of I2_S weights in a .gguf file, which cannot say it itself
     #[arg(long, value_enum, value_name = "LAYOUT", default_value_t = I2sLayoutChoice::X86)]
     pub i2s_layout: I2sLayoutChoice,
@@ -344,12 +354,52 @@ pub struct EmbedArgs {
     pub kv_type: KvTypeChoice,
 }
 
+#[derive(Debug, Clone, Copy, ValueEnum)]
+pub enum TargetFormat {
+    Bitnet,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+A .bitnet file has everything in one: weights as the processor reads them, the
+vocabulary and the chat template. It is mapped, not read, when it is opened.
+
+Examples:
+  bitnet convert models/bitnet-b1.58-2B-4T bitnet-2b.bitnet
+  bitnet convert models/bitnet-2b.gguf bitnet-2b.bitnet --verify
+  bitnet run -m bitnet-2b.bitnet \"Once upon a time\"")]
+pub struct ConvertArgs {
+    /// The model to convert
+    #[arg(value_name = "IN", value_parser = NonEmptyStringValueParser::new())]
+    pub input: String,
+
+    /// The file to write
+    #[arg(value_name = "OUT", value_parser = NonEmptyStringValueParser::new())]
+    pub output: String,
+
+    /// Format to write
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = TargetFormat::Bitnet)]
+    pub to: TargetFormat,
+
+    /// Run a prompt through both models and compare every bit of the results
+    #[arg(long)]
+    pub verify: bool,
+
+    #[command(flatten)]
+    pub file: FileArgs,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
   bitnet info
-  bitnet info -m models/bitnet-2b.gguf --json")]
+  bitnet info -m models/bitnet-2b.gguf --json
+  bitnet info -m bitnet-2b.bitnet --verify-checksums")]
 pub struct InfoArgs {
+    /// Read the whole of a .bitnet file and compare it with its checksums first
+    #[arg(long)]
+    pub verify_checksums: bool,
+
     /// Print one JSON object
     #[arg(long)]
     pub json: bool,

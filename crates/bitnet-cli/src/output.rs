@@ -70,6 +70,14 @@ impl Messages {
         }
     }
 
+    /// How far something is, in place of what was said before; nothing to make room again. Only
+    /// where somebody may be watching.
+    pub fn progress(&self, text: &str) {
+        if !self.quiet && io::stderr().is_terminal() {
+            let _ = write!(io::stderr(), "\r\x1b[K{text}");
+        }
+    }
+
     /// What was done, and how fast.
     pub fn summary(&self, text: &str) {
         if !self.quiet {

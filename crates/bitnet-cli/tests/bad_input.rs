@@ -36,7 +36,7 @@ fn a_model_that_is_not_there() {
         Folder::new().run(&["run", "x", "-m", "nowhere"]),
         1,
         "nowhere: no such file or directory; give the folder of a Hugging Face checkpoint, a \
-         .gguf file, or `tiny` for the model that is built in",
+         .gguf or .bitnet file, or `tiny` for the model that is built in",
     );
 }
 
@@ -336,9 +336,7 @@ fn wrong_usage_is_one_sentence_with_a_hint_and_status_2() {
 
 #[test]
 fn flags_of_what_is_not_built_are_refused() {
-    for arguments in
-        [&["run", "x", "--profile"][..], &["serve"], &["bench"], &["convert", "a", "b"]]
-    {
+    for arguments in [&["run", "x", "--profile"][..], &["serve"], &["bench"]] {
         let outcome = Folder::new().run(arguments);
         assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""), "{arguments:?}");
     }

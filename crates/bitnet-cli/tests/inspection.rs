@@ -6,8 +6,8 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 8] =
-    ["run", "logits", "tokenize", "detokenize", "embed", "info", "devices", "doctor"];
+const COMMANDS: [&str; 9] =
+    ["run", "logits", "tokenize", "detokenize", "embed", "convert", "info", "devices", "doctor"];
 
 #[test]
 fn the_program_alone_says_what_to_do_first() {

@@ -106,7 +106,13 @@ fn measure(
 ) -> Result<(), Error> {
     let backend = |shortcuts| {
         let (isa, threads) = (Some(isa), Some(threads));
-        CpuBackend::new(CpuOptions { threads, isa, shortcuts, copies: true })
+        CpuBackend::new(CpuOptions {
+            threads,
+            isa,
+            shortcuts,
+            copies: true,
+            ..CpuOptions::default()
+        })
     };
     let (off, on) = (backend(Shortcuts::NONE)?, backend(Shortcuts::ALL)?);
     let values: Vec<f32> = (0..HIDDEN).map(|i| (i * 37 % 101) as f32 + 20.0).collect();

@@ -19,7 +19,13 @@ fn conforms(isa: Isa) {
     for (shortcuts, copies) in
         [(Shortcuts::ALL, true), (Shortcuts::NONE, true), (Shortcuts::NONE, false)]
     {
-        let options = CpuOptions { threads: Some(3), isa: Some(isa), shortcuts, copies };
+        let options = CpuOptions {
+            threads: Some(3),
+            isa: Some(isa),
+            shortcuts,
+            copies,
+            ..CpuOptions::default()
+        };
         let backend = CpuBackend::new(options).unwrap();
         zeros_match_reference(&backend, &ReferenceBackend, Tolerance::Exact);
     }

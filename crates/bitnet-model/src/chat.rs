@@ -66,6 +66,7 @@ pub enum ChatError {
 /// A compiled chat template.
 #[derive(Debug)]
 pub struct ChatTemplate {
+    source: String,
     environment: Environment<'static>,
 }
 
@@ -94,7 +95,7 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, without_generation_marks(source))
             .map_err(|error| ChatError::Template(sentence(&error)))?;
-        Ok(ChatTemplate { environment })
+        Ok(ChatTemplate { source: source.to_owned(), environment })
     }
 
     /// From the `chat_template` entry of a `tokenizer_config.json`: Jinja source, or a list of named
@@ -114,6 +115,11 @@ impl ChatTemplate {
                 "`chat_template` is neither text nor a list with a template named `default`".into(),
             )),
         }
+    }
+
+    /// The Jinja source that [`new`](Self::new) compiled.
+    pub fn source(&self) -> &str {
+        &self.source
     }
 
     /// The text of a conversation. With `add_generation_prompt` it ends where the assistant's next

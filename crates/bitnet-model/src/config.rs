@@ -5,6 +5,7 @@ use std::path::Path;
 
 use bitnet_core::backend::{Activation, ActivationPrecision, KvLayout, KvType};
 use bitnet_core::numerics::rope_inverse_frequencies;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::error::Error;
@@ -101,10 +102,13 @@ pub enum WeightRule {
     Divide,
     /// Float weights that are ternary already; anything else is refused.
     Exact,
+    /// Tiles of the CPU kernels with their scales, checked when they were written: a native file.
+    Tiled,
 }
 
 /// One layer's attention.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct LayerConfig {
     /// Index into [`ModelConfig::ropes`].
     pub rope: usize,
@@ -113,7 +117,8 @@ pub struct LayerConfig {
 }
 
 /// Rotary position embedding.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Rope {
     /// Base of the frequencies.
     pub theta: f32,
@@ -122,7 +127,8 @@ pub struct Rope {
 }
 
 /// Change of the rotary frequencies for contexts longer than those trained on.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
 pub enum RopeScaling {
     /// As trained.
     None,
@@ -171,7 +177,8 @@ impl Rope {
 }
 
 /// How the hidden states of a text become one vector.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Pooling {
     /// The last token's.
     Last,
@@ -253,6 +260,30 @@ impl TensorNames {
         ffn_sub_norm: "ffn_sub_norm",
         post_ffn_norm: "post_ffw_norm",
         projection_norm: "_norm_in",
+    };
+
+    /// Names of native files.
+    pub const NATIVE: TensorNames = TensorNames {
+        layer: "layers",
+        embedding: "embedding",
+        head: "head",
+        final_norm: "final_norm",
+        attention_norm: "attention_norm",
+        q: "q",
+        k: "k",
+        v: "v",
+        o: "o",
+        q_norm: "q_norm",
+        k_norm: "k_norm",
+        attention_sub_norm: "attention_sub_norm",
+        post_attention_norm: "post_attention_norm",
+        ffn_norm: "ffn_norm",
+        gate: "gate",
+        up: "up",
+        down: "down",
+        ffn_sub_norm: "ffn_sub_norm",
+        post_ffn_norm: "post_ffn_norm",
+        projection_norm: ".norm",
     };
 }
 

@@ -4,6 +4,7 @@
 pub mod arch;
 pub mod chat;
 pub mod config;
+pub mod convert;
 pub mod decoder;
 pub mod error;
 pub mod formats;

@@ -1,5 +1,5 @@
 //! From what a user calls a model to its tensors and description: the built-in model, a Hugging
-//! Face directory, or a GGUF file.
+//! Face directory, a GGUF file, or a native file.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -14,7 +14,7 @@ use crate::chat::ChatTemplate;
 use crate::config::{Hyperparameters, ModelConfig, Pooling};
 use crate::error::Error;
 use crate::formats::gguf::{self, GgufFile};
-use crate::formats::{self, Tensors, safetensors};
+use crate::formats::{self, Tensors, native, safetensors};
 use crate::known;
 use crate::tokenizer::{GgufVocabulary, Tokenizer, TokenizerConfig, token_ids_in_json};
 
@@ -52,15 +52,56 @@ pub fn open(model: &str) -> Result<Checkpoint, Error> {
     if model == TINY {
         return open_tiny();
     }
+    let path = &the_file(model)?;
+    if path.is_dir() { open_directory(path, path) } else { open_file(path) }
+}
+
+/// Compares the tensors of a native file, or of the one in a folder, with their checksums, and
+/// returns how many there are. Opening does not: it would have to read all of them.
+pub fn verify_checksums(model: &str) -> Result<usize, Error> {
+    if model == TINY {
+        return Err(Error::file(Path::new(TINY), "is built in and has no checksums"));
+    }
+    native::verify(&the_file(model)?)
+}
+
+/// The file of a model that is one file, else its folder.
+fn the_file(model: &str) -> Result<PathBuf, Error> {
     let path = Path::new(model);
     if !path.exists() {
         return Err(Error::file(
             path,
             "no such file or directory; give the folder of a Hugging Face checkpoint, a .gguf \
-             file, or `tiny` for the model that is built in",
+             or .bitnet file, or `tiny` for the model that is built in",
         ));
     }
-    if path.is_dir() { open_directory(path, path) } else { open_file(path) }
+    if !path.is_dir() {
+        return Ok(path.to_owned());
+    }
+    let mut files = native_files(path)?;
+    match files.len() {
+        1 => Ok(files.remove(0)),
+        2.. if !path.join("config.json").exists() => {
+            Err(Error::file(path, "has several .bitnet files: give the path of one of them"))
+        }
+        _ => Ok(path.to_owned()),
+    }
+}
+
+/// The native files in a folder. One alone is the folder's model: it was made to be opened.
+fn native_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let unreadable =
+        |error: std::io::Error| Error::file(folder, format!("cannot be read: {error}"));
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).map_err(unreadable)? {
+        let path = entry.map_err(unreadable)?.path();
+        if path.extension().is_some_and(|extension| extension == native::EXTENSION)
+            && path.is_file()
+        {
+            files.push(path);
+        }
+    }
+    Ok(files)
 }
 
 /// The files of a Hugging Face checkpoint besides its weights, as bytes.
@@ -162,13 +203,18 @@ fn open_directory(path: &Path, weights: &Path) -> Result<Checkpoint, Error> {
     describe(sidecars, tensors, "Hugging Face")
 }
 
-/// Opens a GGUF file, or the weights of the Hugging Face checkpoint in whose directory they lie.
+/// Opens a native or GGUF file, or the weights of the Hugging Face checkpoint in whose directory they lie.
 fn open_file(path: &Path) -> Result<Checkpoint, Error> {
     let bytes = map_file(path)?;
     if bytes.starts_with(gguf::MAGIC) {
         return describe_gguf(gguf::from_bytes(bytes, path)?, path);
     }
-    if path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+    let is_called =
+        |name: &str| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(name));
+    if native::is_native(&bytes) || is_called(native::EXTENSION) {
+        return native::from_bytes(bytes, path);
+    }
+    if is_called("gguf") {
         return Err(Error::file(
             path,
             "is not a GGUF file: it does not begin with `GGUF`; download the file again",

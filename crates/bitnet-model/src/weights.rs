@@ -8,15 +8,15 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use bitnet_core::backend::{Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
-use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, WeightScale, budget};
-use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout};
+use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, TiledMatrix, WeightScale, budget};
+use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout, tile};
 use bitnet_quant::ternary;
 use rayon::prelude::*;
 
-use crate::config::{LayerConfig, ModelConfig, Precision, WeightRule};
+use crate::config::{LayerConfig, ModelConfig, Precision, TensorNames, WeightRule};
 use crate::decoder::{Decoder, Layer};
 use crate::error::Error;
-use crate::formats::Tensors;
+use crate::formats::{Tensors, native};
 
 /// Choices that a file cannot make for us.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -39,25 +39,18 @@ pub fn load<B: Backend>(
     options: LoadOptions,
     notes: &mut Vec<String>,
 ) -> Result<Decoder<B>, Error> {
-    budget::require(&format!("loading {}", path.display()), packed_bytes(config))?;
-    let loader = Loader { path, config, tensors, options, used: Mutex::default() };
+    let loader = Loader::new(path, config, tensors, options);
+    if !loader.is_tiled() {
+        budget::require(&format!("loading {}", path.display()), packed_bytes(config))?;
+    }
     let precision = loader.precision(notes)?;
 
     let Tables { embedding, head } = loader.tables()?;
-    for (name, table) in
-        [(config.names.embedding, Some(&embedding)), (config.names.head, head.as_ref())]
-    {
-        if let Some(table) = table {
-            loader.check_finite(&loader.top_level(name), table)?;
-        }
+    if !loader.is_tiled() {
+        loader.check_tables(&embedding, head.as_ref())?;
     }
-    let final_norm = loader.norm(
-        &backend,
-        &loader.top_level(config.names.final_norm),
-        config.hidden_size,
-        config.norm_eps,
-        config.norm_offset,
-    )?;
+    let weight = backend.load_vector(&loader.final_norm()?)?;
+    let final_norm = Norm { weight, eps: config.norm_eps };
     // Few threads: each holds one unpacked matrix, and the total is promised to stay small.
     let threads = rayon::ThreadPoolBuilder::new()
         .num_threads(std::thread::available_parallelism().map_or(1, |n| n.get().min(4)))
@@ -112,8 +105,7 @@ pub struct Tables {
 
 /// The embedding and head of a checkpoint, as they are stored.
 pub fn tables(path: &Path, config: &ModelConfig, tensors: &Tensors) -> Result<Tables, Error> {
-    let options = LoadOptions::default();
-    Loader { path, config, tensors, options, used: Mutex::default() }.tables()
+    Loader::new(path, config, tensors, LoadOptions::default()).tables()
 }
 
 /// How many of the linear layers are stored in which element type.
@@ -122,13 +114,15 @@ pub fn linear_types(
     config: &ModelConfig,
     tensors: &Tensors,
 ) -> BTreeMap<String, usize> {
-    let options = LoadOptions::default();
-    let loader = Loader { path, config, tensors, options, used: Mutex::default() };
-    let n = &config.names;
+    let loader = Loader::new(path, config, tensors, LoadOptions::default());
     let mut types = BTreeMap::new();
+    if loader.is_tiled() {
+        types.insert("2-bit tiles".to_owned(), 7 * config.layers.len());
+        return types;
+    }
     for layer in 0..config.layers.len() {
-        for name in [n.q, n.k, n.v, n.o, n.gate, n.up, n.down] {
-            let weight = format!("{}.weight", loader.module(layer, name));
+        for linear in linears(config) {
+            let weight = format!("{}.weight", loader.module(layer, linear.name));
             let dtype = match tensors.get(&weight) {
                 Ok(Some(tensor)) if tensor.dtype() == DType::U8 => "packed 2-bit".to_owned(),
                 Ok(Some(tensor)) => tensor.dtype().to_string(),
@@ -151,9 +145,7 @@ pub fn matrix_by_name(
     rows: usize,
     cols: usize,
 ) -> Result<TernaryMatrix, Error> {
-    let options = LoadOptions::default();
-    let loader = Loader { path, config, tensors, options, used: Mutex::default() };
-    loader.stored_matrix(module, rows, cols)
+    Loader::new(path, config, tensors, LoadOptions::default()).stored_matrix(module, rows, cols)
 }
 
 /// Whether all weights that are not zero have one magnitude, in whatever form their scales are:
@@ -164,7 +156,128 @@ fn has_one_scale(scale: &WeightScale) -> bool {
     values.all(|value| Some(value) == first)
 }
 
-struct Loader<'a> {
+/// One of the seven linear layers of a decoder layer.
+#[derive(Debug, Clone, Copy)]
+struct LinearPlace {
+    /// What the checkpoint calls it.
+    name: &'static str,
+    rows: usize,
+    cols: usize,
+    usage: LinearUse,
+}
+
+/// q, k, v, o, gate, up and down.
+fn linears(c: &ModelConfig) -> [LinearPlace; 7] {
+    let n = &c.names;
+    let (attention, kv) = (c.heads * c.head_size, c.kv_heads * c.head_size);
+    // The square of a negative gate is exactly zero.
+    let (up_use, down_use) = match c.activation {
+        Activation::Relu2 => (LinearUse::SparseOutputs, LinearUse::SparseInputs),
+        Activation::Silu | Activation::GeluTanh => (LinearUse::Dense, LinearUse::Dense),
+    };
+    [
+        (n.q, attention, c.hidden_size, LinearUse::Dense),
+        (n.k, kv, c.hidden_size, LinearUse::Dense),
+        (n.v, kv, c.hidden_size, LinearUse::Dense),
+        (n.o, c.hidden_size, attention, LinearUse::Dense),
+        (n.gate, c.intermediate_size, c.hidden_size, LinearUse::Dense),
+        (n.up, c.intermediate_size, c.hidden_size, up_use),
+        (n.down, c.hidden_size, c.intermediate_size, down_use),
+    ]
+    .map(|(name, rows, cols, usage)| LinearPlace { name, rows, cols, usage })
+}
+
+/// Names and lengths of the norms of a decoder layer, those that a model may lack as `None`: before
+/// attention, of q, of k, sub-norm, after attention; before feed-forward, sub-norm, after it.
+fn norms(c: &ModelConfig) -> [Option<(&'static str, usize)>; 8] {
+    let n = &c.names;
+    [
+        Some((n.attention_norm, c.hidden_size)),
+        c.head_norms.then_some((n.q_norm, c.head_size)),
+        c.head_norms.then_some((n.k_norm, c.head_size)),
+        c.sub_norms.then_some((n.attention_sub_norm, c.heads * c.head_size)),
+        c.post_norms.then_some((n.post_attention_norm, c.hidden_size)),
+        Some((n.ffn_norm, c.hidden_size)),
+        c.sub_norms.then_some((n.ffn_sub_norm, c.intermediate_size)),
+        c.post_norms.then_some((n.post_ffn_norm, c.hidden_size)),
+    ]
+}
+
+/// A part of a decoder that a file holds.
+#[derive(Debug, Clone, Copy)]
+pub struct PartPlace {
+    /// Its layer; `None` outside the layers.
+    pub layer: Option<usize>,
+    /// What the checkpoint that the description is of calls it.
+    pub name: &'static str,
+    /// What it is, and its shape.
+    pub kind: PartKind,
+}
+
+/// What a part of a decoder is.
+#[derive(Debug, Clone, Copy)]
+pub enum PartKind {
+    /// `[vocabulary, hidden]`.
+    Table,
+    /// The weight of a norm, one per element.
+    Norm {
+        /// Elements.
+        len: usize,
+        /// Whether it is a projection's own, called after it.
+        of_projection: bool,
+    },
+    /// A ternary matrix `[rows, cols]`.
+    Matrix {
+        /// Output features.
+        rows: usize,
+        /// Input features.
+        cols: usize,
+        /// How it is used.
+        usage: LinearUse,
+    },
+}
+
+impl PartPlace {
+    /// Its name in a native file, if `name` is a native one.
+    pub fn native_name(&self) -> String {
+        let suffix = match self.kind {
+            PartKind::Norm { of_projection: true, .. } => TensorNames::NATIVE.projection_norm,
+            _ => "",
+        };
+        match self.layer {
+            Some(layer) => format!("{}.{layer}.{}{suffix}", TensorNames::NATIVE.layer, self.name),
+            None => self.name.to_owned(),
+        }
+    }
+}
+
+/// Every part of a decoder, in an order that depends on the description's shape and not on its
+/// names. The head is among them unless [`ModelConfig::tied`] is true.
+pub fn part_places(config: &ModelConfig) -> Vec<PartPlace> {
+    let n = &config.names;
+    let top = |name, kind| PartPlace { layer: None, name, kind };
+    let norm = |len, of_projection| PartKind::Norm { len, of_projection };
+    let mut places = vec![top(n.embedding, PartKind::Table)];
+    if config.tied != Some(true) {
+        places.push(top(n.head, PartKind::Table));
+    }
+    places.push(top(n.final_norm, norm(config.hidden_size, false)));
+    for layer in 0..config.layers.len() {
+        let place = |name, kind| PartPlace { layer: Some(layer), name, kind };
+        for LinearPlace { name, rows, cols, usage } in linears(config) {
+            places.push(place(name, PartKind::Matrix { rows, cols, usage }));
+            if config.projection_norm_eps.is_some() {
+                places.push(place(name, norm(cols, true)));
+            }
+        }
+        let norms = norms(config).into_iter().flatten();
+        places.extend(norms.map(|(name, len)| place(name, norm(len, false))));
+    }
+    places
+}
+
+/// Finds and checks the parts of a decoder in a checkpoint.
+pub(crate) struct Loader<'a> {
     path: &'a Path,
     config: &'a ModelConfig,
     tensors: &'a Tensors,
@@ -173,7 +286,27 @@ struct Loader<'a> {
     used: Mutex<BTreeSet<String>>,
 }
 
-impl Loader<'_> {
+impl<'a> Loader<'a> {
+    /// `path` is the model's, for error messages.
+    pub(crate) fn new(
+        path: &'a Path,
+        config: &'a ModelConfig,
+        tensors: &'a Tensors,
+        options: LoadOptions,
+    ) -> Self {
+        Loader { path, config, tensors, options, used: Mutex::default() }
+    }
+
+    /// Whether the weights were laid out and checked when their file was written.
+    fn is_tiled(&self) -> bool {
+        self.config.weights == WeightRule::Tiled
+    }
+
+    /// What the checkpoint calls its tensors.
+    pub(crate) fn names(&self) -> &TensorNames {
+        &self.config.names
+    }
+
     fn error(&self, name: &str, reason: impl ToString) -> Error {
         Error::tensor(self.tensors.path_of(name).unwrap_or(self.path), name, reason)
     }
@@ -196,7 +329,7 @@ impl Loader<'_> {
         if self.tensors.contains(&probe) { prefixed } else { plain }
     }
 
-    fn find(&self, name: &str) -> Result<Option<&Tensor>, Error> {
+    fn find(&self, name: &str) -> Result<Option<&'a Tensor>, Error> {
         let tensor = self.tensors.get(name)?;
         if tensor.is_some() {
             self.used.lock().expect("no panic while held").insert(name.to_owned());
@@ -204,7 +337,7 @@ impl Loader<'_> {
         Ok(tensor)
     }
 
-    fn need(&self, name: &str) -> Result<&Tensor, Error> {
+    fn need(&self, name: &str) -> Result<&'a Tensor, Error> {
         self.find(name)?.ok_or_else(|| {
             self.error(name, format!("is missing, but {} has it", self.config.architecture))
         })
@@ -234,7 +367,7 @@ impl Loader<'_> {
         Ok(tensor.clone())
     }
 
-    fn tables(&self) -> Result<Tables, Error> {
+    pub(crate) fn tables(&self) -> Result<Tables, Error> {
         let names = &self.config.names;
         let embedding = self.table(names.embedding)?;
         if let Some(stated) = self.config.vocab_size
@@ -271,6 +404,17 @@ impl Loader<'_> {
         Ok(Tables { embedding, head: Some(head) })
     }
 
+    /// Checks that the embedding and the head hold finite numbers.
+    pub(crate) fn check_tables(
+        &self,
+        embedding: &Tensor,
+        head: Option<&Tensor>,
+    ) -> Result<(), Error> {
+        let names = &self.config.names;
+        self.check_finite(&self.top_level(names.embedding), embedding)?;
+        head.map_or(Ok(()), |head| self.check_finite(&self.top_level(names.head), head))
+    }
+
     /// Zero times a weight must be zero, which takes finite weights.
     fn check_finite(&self, name: &str, tensor: &Tensor) -> Result<(), Error> {
         let bad = (0..tensor.rows()).into_par_iter().find_first(|&row| {
@@ -286,14 +430,8 @@ impl Loader<'_> {
         }
     }
 
-    fn norm<B: Backend>(
-        &self,
-        backend: &B,
-        name: &str,
-        len: usize,
-        eps: f32,
-        offset: f32,
-    ) -> Result<Norm<B>, Error> {
+    /// The weight of a norm, `offset` added.
+    fn norm(&self, name: &str, len: usize, offset: f32) -> Result<Vec<f32>, Error> {
         let tensor = self.need(name)?;
         if tensor.shape() != [len] {
             return Err(
@@ -309,23 +447,40 @@ impl Loader<'_> {
         if let Some(index) = values.iter().position(|value| !value.is_finite()) {
             return Err(self.error(name, format!("element {index} is not a finite number")));
         }
-        Ok(Norm { weight: backend.load_vector(&values)?, eps })
+        Ok(values)
     }
 
-    /// One of the model's own norms in a layer.
-    fn layer_norm<B: Backend>(
+    /// The weight of the norm before the head.
+    pub(crate) fn final_norm(&self) -> Result<Vec<f32>, Error> {
+        let name = self.top_level(self.config.names.final_norm);
+        self.norm(&name, self.config.hidden_size, self.config.norm_offset)
+    }
+
+    /// The weight of one of the model's own norms in a layer.
+    pub(crate) fn layer_norm(
         &self,
-        backend: &B,
         layer: usize,
         name: &str,
         len: usize,
-    ) -> Result<Norm<B>, Error> {
+    ) -> Result<Vec<f32>, Error> {
         let name = format!("{}.weight", self.module(layer, name));
-        self.norm(backend, &name, len, self.config.norm_eps, self.config.norm_offset)
+        self.norm(&name, len, self.config.norm_offset)
+    }
+
+    /// The weight of the norm that a projection has on its own input.
+    pub(crate) fn projection_norm(
+        &self,
+        layer: usize,
+        name: &str,
+        len: usize,
+    ) -> Result<Vec<f32>, Error> {
+        let module = self.module(layer, name);
+        let name = format!("{module}{}.weight", self.config.names.projection_norm);
+        self.norm(&name, len, 0.0)
     }
 
     /// How linear layers take their input, decided once for the whole model.
-    fn precision(&self, notes: &mut Vec<String>) -> Result<ActivationPrecision, Error> {
+    pub(crate) fn precision(&self, notes: &mut Vec<String>) -> Result<ActivationPrecision, Error> {
         if let Some(precision) = self.options.precision {
             return Ok(precision);
         }
@@ -356,40 +511,39 @@ impl Loader<'_> {
         precision: ActivationPrecision,
     ) -> Result<Layer<B>, Error> {
         let c = self.config;
-        let n = &c.names;
-        let attention = c.heads * c.head_size;
-        let kv = c.kv_heads * c.head_size;
-        let used = |usage, name, rows, cols| {
-            self.linear(backend, index, name, [rows, cols], precision, usage)
-        };
-        let linear = |name, rows, cols| used(LinearUse::Dense, name, rows, cols);
-        // The square of a negative gate is exactly zero.
-        let (up_use, down_use) = match c.activation {
-            Activation::Relu2 => (LinearUse::SparseOutputs, LinearUse::SparseInputs),
-            Activation::Silu | Activation::GeluTanh => (LinearUse::Dense, LinearUse::Dense),
-        };
-        let norm = |name, len| self.layer_norm(backend, index, name, len);
-        let optional = |wanted: bool, name, len| wanted.then(|| norm(name, len)).transpose();
+        let [attention_norm, q_norm, k_norm, attention_sub_norm, post_attention_norm, rest @ ..] =
+            norms(c).map(|norm| {
+                norm.map(|(name, len)| {
+                    let weight = backend.load_vector(&self.layer_norm(index, name, len)?)?;
+                    Ok::<_, Error>(Norm { weight, eps: c.norm_eps })
+                })
+                .transpose()
+            });
+        let [ffn_norm, ffn_sub_norm, post_ffn_norm] = rest;
+        let always = "every model has it";
+        let attention_norm = attention_norm?.expect(always);
+        let [q, k, v, o, gate, up, down] =
+            linears(c).map(|place| self.linear(backend, index, &place, precision));
         Ok(Layer {
             kind,
-            attention_norm: norm(n.attention_norm, c.hidden_size)?,
-            q: linear(n.q, attention, c.hidden_size)?,
-            k: linear(n.k, kv, c.hidden_size)?,
-            v: linear(n.v, kv, c.hidden_size)?,
-            o: linear(n.o, c.hidden_size, attention)?,
-            q_norm: optional(c.head_norms, n.q_norm, c.head_size)?,
-            k_norm: optional(c.head_norms, n.k_norm, c.head_size)?,
-            attention_sub_norm: optional(c.sub_norms, n.attention_sub_norm, attention)?,
-            post_attention_norm: optional(c.post_norms, n.post_attention_norm, c.hidden_size)?,
-            ffn_norm: norm(n.ffn_norm, c.hidden_size)?,
+            attention_norm,
+            q: q?,
+            k: k?,
+            v: v?,
+            o: o?,
+            q_norm: q_norm?,
+            k_norm: k_norm?,
+            attention_sub_norm: attention_sub_norm?,
+            post_attention_norm: post_attention_norm?,
+            ffn_norm: ffn_norm?.expect(always),
             ffn: GatedFfn {
-                gate: linear(n.gate, c.intermediate_size, c.hidden_size)?,
-                up: used(up_use, n.up, c.intermediate_size, c.hidden_size)?,
-                down: used(down_use, n.down, c.hidden_size, c.intermediate_size)?,
+                gate: gate?,
+                up: up?,
+                down: down?,
                 activation: c.activation,
-                sub_norm: optional(c.sub_norms, n.ffn_sub_norm, c.intermediate_size)?,
+                sub_norm: ffn_sub_norm?,
             },
-            post_ffn_norm: optional(c.post_norms, n.post_ffn_norm, c.hidden_size)?,
+            post_ffn_norm: post_ffn_norm?,
         })
     }
 
@@ -397,25 +551,41 @@ impl Loader<'_> {
         &self,
         backend: &B,
         layer: usize,
-        name: &str,
-        [rows, cols]: [usize; 2],
+        place: &LinearPlace,
         precision: ActivationPrecision,
-        usage: LinearUse,
     ) -> Result<BitLinear<B>, Error> {
+        let &LinearPlace { name, rows, cols, usage } = place;
         let norm = match self.config.projection_norm_eps {
             None => None,
             Some(eps) => {
-                let module = self.module(layer, name);
-                let name = format!("{module}{}.weight", self.config.names.projection_norm);
-                Some(self.norm(backend, &name, cols, eps, 0.0)?)
+                let weight = self.projection_norm(layer, name, cols)?;
+                Some(Norm { weight: backend.load_vector(&weight)?, eps })
             }
         };
-        let matrix = self.matrix(layer, name, rows, cols)?;
-        Ok(BitLinear { weight: backend.load_linear(&matrix, precision, usage)?, norm })
+        let weight = if self.is_tiled() {
+            let module = self.module(layer, name);
+            let matrix = self.tiled(&module, rows, cols)?;
+            backend
+                .load_tiled(&matrix, precision)
+                .map_err(|error| self.error(&format!("{module}.tiles"), error))?
+        } else {
+            backend.load_linear(&self.matrix(layer, name, rows, cols)?, precision, usage)?
+        };
+        Ok(BitLinear { weight, norm })
+    }
+
+    /// A module's matrix as a native file has it.
+    fn tiled(&self, module: &str, rows: usize, cols: usize) -> Result<TiledMatrix, Error> {
+        native::matrix(
+            module,
+            [rows, cols],
+            |name| self.find(name),
+            |name, reason| self.error(name, reason),
+        )
     }
 
     /// One ternary matrix, from whatever the checkpoint stores for it.
-    fn matrix(
+    pub(crate) fn matrix(
         &self,
         layer: usize,
         name: &str,
@@ -437,6 +607,11 @@ impl Loader<'_> {
         rows: usize,
         cols: usize,
     ) -> Result<TernaryMatrix, Error> {
+        if self.is_tiled() {
+            let matrix = self.tiled(module, rows, cols)?;
+            return tile::untiled(&matrix)
+                .map_err(|error| self.error(&format!("{module}.tiles"), error));
+        }
         let weight_name = format!("{module}.weight");
         let weight = self.need(&weight_name)?;
         let packed = weight.dtype() == DType::U8;
@@ -455,7 +630,7 @@ impl Loader<'_> {
                 let scale = match rule {
                     WeightRule::Multiply => WeightScale::Multiply(scale),
                     WeightRule::Divide => WeightScale::Divide(scale),
-                    WeightRule::Exact => {
+                    WeightRule::Exact | WeightRule::Tiled => {
                         return Err(self.error(
                             &weight_name,
                             "is packed, but config.json has no quantization_config that says how \
@@ -515,7 +690,7 @@ impl Loader<'_> {
 
     /// A tensor of a layer, the embedding, the head or the final norm that the description does not
     /// know means that the description is wrong.
-    fn refuse_unknown(&self) -> Result<(), Error> {
+    pub(crate) fn refuse_unknown(&self) -> Result<(), Error> {
         let used = self.used.lock().expect("no panic while held");
         let names = &self.config.names;
         let modules = [names.layer, names.embedding, names.head, names.final_norm, "rope_freqs"];
@@ -523,7 +698,11 @@ impl Loader<'_> {
             let name_in_model = name.strip_prefix("model.").unwrap_or(name);
             let module = name_in_model.split('.').next().unwrap_or(name_in_model);
             let harmless = name.ends_with("rotary_emb.inv_freq");
-            modules.contains(&module) && !used.contains(*name) && !harmless
+            let matters = match self.is_tiled() {
+                true => !native::is_apart(name),
+                false => modules.contains(&module) && !harmless,
+            };
+            matters && !used.contains(*name)
         });
         match unknown {
             None => Ok(()),

@@ -13,9 +13,10 @@ use std::sync::{Mutex, PoisonError};
 
 use bitnet_core::backend::{Backend, KvType, Span};
 use bitnet_cpu::{CpuBackend, CpuOptions};
+use bitnet_model::convert::to_native;
 use bitnet_model::decoder::Step;
 use bitnet_model::formats::index::ShardIndex;
-use bitnet_model::formats::{Tensors, gguf, pickle, safetensors};
+use bitnet_model::formats::{Tensors, gguf, native, pickle, safetensors};
 use bitnet_model::source::{self, Checkpoint, Sidecars, Vocabulary};
 use bitnet_model::tokenizer::Special;
 use bitnet_model::weights::{self, LoadOptions};
@@ -114,7 +115,9 @@ fn targets() -> Vec<Target> {
     let header = u64::from_le_bytes(weights[..8].try_into().unwrap()) as usize + 8;
     let end = weights.len();
     let weights = vec![Seed::new(weights, vec![0..header, header..end])];
+    let natives = vec![native_seed()];
     vec![
+        Target { name: "native model", seeds: natives, read: load_native },
         Target { name: "GGUF model", seeds: models, read: load_gguf },
         Target { name: "weights of a model", seeds: weights, read: load_weights },
         Target { name: "config.json", seeds: whole(tiny("config.json")), read: load_config },
@@ -133,6 +136,27 @@ fn targets() -> Vec<Target> {
         Target { name: "pickle", seeds: pickles, read: read_pickle },
         Target { name: "index", seeds: indices, read: read_index },
     ]
+}
+
+/// The built-in model as a native file.
+fn native_seed() -> Seed {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("m.bitnet");
+    let tiny = source::open(source::TINY).unwrap();
+    to_native(&tiny, &path, LoadOptions::default(), |_, _| ()).unwrap();
+    let bytes = std::fs::read(path).unwrap();
+    let place = |text: &[u8]| bytes.windows(text.len()).position(|w| w == text).unwrap();
+    let (digests, table) = (place(b"sha256:"), place(b"\"tokenizer.bytes\""));
+    let spaces = place(b"}    ");
+    let data = spaces + bytes[spaces..].iter().position(|&byte| byte == 0).unwrap_or(0);
+    let end = bytes.len();
+    // The vocabulary comes first in the data.
+    let vocabulary = data..(data + (1 << 18)).min(end);
+    Seed::new(bytes, vec![0..digests, table..spaces, vocabulary, data..end])
+}
+
+fn load_native(bytes: &[u8]) -> Result<(), String> {
+    load(native::from_bytes(Bytes::copy_from_slice(bytes), Path::new("m.bitnet")))
 }
 
 /// Looks at every tensor, as loading a model would.

@@ -13,6 +13,9 @@ use crate::args::InfoArgs;
 use crate::output;
 
 pub fn run(args: InfoArgs) -> Result<()> {
+    if args.verify_checksums {
+        source::verify_checksums(&args.model.model)?;
+    }
     let info = Info::of(&source::open(&args.model.model)?)?;
     if args.json {
         output::json(&info)?

@@ -1,5 +1,6 @@
 //! The commands, one file each: from what was typed to what is printed.
 
+mod convert;
 mod detokenize;
 mod devices;
 mod doctor;
@@ -23,7 +24,7 @@ use bitnet_model::weights::LoadOptions;
 use bitnet_quant::packing::i2_s::I2sLayout;
 
 use crate::args::{
-    ActivationsChoice, Command, DeviceChoice, I2sLayoutChoice, KvTypeChoice, ModelArgs,
+    ActivationsChoice, Command, DeviceChoice, FileArgs, I2sLayoutChoice, KvTypeChoice, ModelArgs,
 };
 use crate::output::Messages;
 
@@ -47,6 +48,7 @@ pub fn run(command: Command, messages: &Messages) -> Result<()> {
         Command::Tokenize(args) => tokenize::run(args, messages),
         Command::Detokenize(args) => detokenize::run(args, messages),
         Command::Embed(args) => embed::run(args, messages),
+        Command::Convert(args) => convert::run(args, messages),
         Command::Info(args) => info::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
@@ -61,6 +63,17 @@ fn model_options(args: &ModelArgs) -> ModelOptions {
         DeviceChoice::Gpu => Some(Device::Gpu),
         DeviceChoice::Mlx => Some(Device::Mlx),
     };
+    ModelOptions {
+        device,
+        threads: args.threads,
+        pinned: args.pin,
+        load: load_options(&args.file),
+        ..ModelOptions::default()
+    }
+}
+
+/// What the flags say about a file that does not say it itself.
+fn load_options(args: &FileArgs) -> LoadOptions {
     let i2s_layout = match args.i2s_layout {
         I2sLayoutChoice::X86 => I2sLayout::X86,
         I2sLayoutChoice::Arm => I2sLayout::Arm,
@@ -70,13 +83,7 @@ fn model_options(args: &ModelArgs) -> ModelOptions {
         ActivationsChoice::Int8 => ActivationPrecision::Int8,
         ActivationsChoice::F32 => ActivationPrecision::F32,
     });
-    ModelOptions {
-        device,
-        threads: args.threads,
-        pinned: args.pin,
-        load: LoadOptions { i2s_layout, precision },
-        ..ModelOptions::default()
-    }
+    LoadOptions { i2s_layout, precision }
 }
 
 /// Loads a model to run it.

@@ -59,8 +59,8 @@ pub fn known_names() -> String {
 
 /// Widest rows and most layers of a description. Sizes and memory needs made of extents below these
 /// fit 64 bits.
-const WIDEST: usize = 1 << 24;
-const MOST_LAYERS: usize = 1000;
+pub(crate) const WIDEST: usize = 1 << 24;
+pub(crate) const MOST_LAYERS: usize = 1000;
 
 /// What all these models share: a pre-norm Llama decoder with plain causal attention.
 fn decoder(

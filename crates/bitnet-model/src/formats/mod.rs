@@ -8,8 +8,8 @@
 mod cursor;
 pub mod gguf;
 pub mod index;
+pub mod native;
 pub mod pickle;
-
 pub mod safetensors;
 mod zip;
 
@@ -88,6 +88,11 @@ impl Tensors {
     /// All names, sorted.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.entries.keys().map(String::as_str)
+    }
+
+    /// The files that were read.
+    pub fn files(&self) -> impl Iterator<Item = &Path> {
+        self.files.iter().map(PathBuf::as_path)
     }
 
     /// Number of tensors, usable or not.

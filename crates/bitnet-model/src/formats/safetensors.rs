@@ -37,6 +37,15 @@ pub fn read_index(path: &Path, into: &mut Tensors) -> Result<(), Error> {
 
 /// Adds all tensors of a safetensors file that is in memory; `path` is for error messages.
 pub fn from_bytes(bytes: Bytes, path: &Path, into: &mut Tensors) -> Result<(), Error> {
+    with_metadata(bytes, path, into).map(drop)
+}
+
+/// As [`from_bytes`], with the free texts of the header.
+pub(super) fn with_metadata(
+    bytes: Bytes,
+    path: &Path,
+    into: &mut Tensors,
+) -> Result<BTreeMap<String, String>, Error> {
     let (header, data_start) = read_header(&bytes, path)?;
     let data = bytes.slice(data_start..);
     let mut tensors = header.tensors;
@@ -77,7 +86,7 @@ pub fn from_bytes(bytes: Bytes, path: &Path, into: &mut Tensors) -> Result<(), E
         let surplus = data.len() as u64 - filled;
         return Err(Error::file(path, format!("{surplus} bytes follow the last tensor")));
     }
-    Ok(())
+    Ok(header.metadata)
 }
 
 /// The free text entries (`__metadata__`) in the header of a safetensors file.

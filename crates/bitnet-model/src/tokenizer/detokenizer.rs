@@ -22,7 +22,7 @@ impl Detokenizer {
     /// For ids that begin a text: the space that SentencePiece vocabularies put before the first
     /// word is left out.
     pub fn from_start(tokenizer: &Tokenizer, skip_special: bool) -> Self {
-        let leading_space = tokenizer.leading_space;
+        let leading_space = tokenizer.ends.leading_space;
         Detokenizer { leading_space, ..Self::within(skip_special) }
     }
 

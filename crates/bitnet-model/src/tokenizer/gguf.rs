@@ -12,8 +12,9 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
 
+use super::bpe::{Bpe, BpeSettings};
 use super::byte_level::Spelling;
-use super::json::{Bpe, split_merge};
+use super::json::split_merge;
 use super::sentencepiece::{self, Algorithm, Description, Kind, Piece};
 use super::{LeadingSpace, Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
 use crate::error::Error;
@@ -216,8 +217,9 @@ fn byte_level(vocabulary: GgufVocabulary) -> Result<(Tokenizer, Vec<String>), To
         }
     }
     let merges =
-        vocabulary.merges.iter().map(|merge| split_merge(merge)).collect::<Result<_, _>>()?;
-    let model = Bpe { ignore_merges: pre.ignore_merges, ..Bpe::default() }.model(ids, merges)?;
+        vocabulary.merges.iter().map(|merge| split_merge(merge)).collect::<Result<Vec<_>, _>>()?;
+    let settings = BpeSettings { ignore_merges: pre.ignore_merges, ..BpeSettings::default() };
+    let model = Bpe::new(settings, &ids, &merges)?;
 
     let split = Split::new(
         SplitPattern::Regex(pre.pattern.to_owned()),

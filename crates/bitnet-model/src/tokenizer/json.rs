@@ -1,23 +1,23 @@
 //! Hugging Face's `tokenizer.json`.
 //!
-//! The stages (normaliser, pre-tokeniser, BPE) run in the `tokenizers` crate; the file is read here,
-//! because a hostile one can make that crate panic (merges longer than any token) and because it
-//! does not keep the ids that the file gives to added tokens.
+//! The normaliser and the pre-tokeniser run in the `tokenizers` crate; the file is read here, because
+//! a hostile one can make that crate panic (merges longer than any token) and because it does not
+//! keep the ids that the file gives to added tokens.
 
 use std::collections::{HashMap, HashSet};
 
 use serde::Deserialize;
 use serde_json::Value;
-use tokenizers::models::bpe::BPE;
-use tokenizers::{AddedToken, ModelWrapper, NormalizerWrapper, PreTokenizerWrapper};
+use tokenizers::{AddedToken, NormalizerWrapper, PreTokenizerWrapper};
 
+use super::bpe::{Bpe, BpeSettings};
 use super::byte_level::Spelling;
 use super::config::{TokenizerConfig, added_token};
 use super::{LeadingSpace, Parts, Pipeline, Segmentation, Tokenizer, TokenizerError};
 
-const NORMALIZERS: &[&str] =
+pub(super) const NORMALIZERS: &[&str] =
     &["Sequence", "NFC", "NFD", "NFKC", "NFKD", "Lowercase", "Prepend", "Replace", "Strip"];
-const PRE_TOKENIZERS: &[&str] = &[
+pub(super) const PRE_TOKENIZERS: &[&str] = &[
     "Sequence",
     "Split",
     "ByteLevel",
@@ -160,13 +160,13 @@ impl Tokenizer {
                 )));
             }
         }
-        let settings = Bpe {
+        let settings = BpeSettings {
             unk_token: file.model.unk_token,
             fuse_unk: file.model.fuse_unk,
             byte_fallback: file.model.byte_fallback,
             ignore_merges: file.model.ignore_merges,
         };
-        let model = settings.model(vocab, merges)?;
+        let model = Bpe::new(settings, &vocab, &merges)?;
         Tokenizer::new(Parts {
             segmentation: Segmentation::Pipeline(Box::new(Pipeline {
                 normalizer,
@@ -189,7 +189,7 @@ fn is_text(entry: &Option<String>) -> bool {
 }
 
 /// A stage of the `tokenizers` crate, if all its kinds are among those we let in.
-fn stage<T: for<'de> Deserialize<'de>>(
+pub(super) fn stage<T: for<'de> Deserialize<'de>>(
     what: &str,
     entry: Option<Value>,
     known: &[&str],
@@ -218,53 +218,6 @@ pub(super) fn split_merge(joined: &str) -> Result<(String, String), TokenizerErr
         _ => Err(TokenizerError::vocabulary(format!(
             "the merge `{joined}` is not two tokens with a space between them"
         ))),
-    }
-}
-
-/// The settings of a BPE model.
-#[derive(Default)]
-pub(super) struct Bpe {
-    pub(super) unk_token: Option<String>,
-    pub(super) fuse_unk: bool,
-    pub(super) byte_fallback: bool,
-    /// Whether a whole word that is in the vocabulary is one token, whatever merges would make.
-    pub(super) ignore_merges: bool,
-}
-
-impl Bpe {
-    /// The model. Each merge must be of two tokens whose spellings, joined, are a third.
-    pub(super) fn model(
-        self,
-        vocab: HashMap<String, u32>,
-        merges: Vec<(String, String)>,
-    ) -> Result<ModelWrapper, TokenizerError> {
-        let mut joined = String::new();
-        for (left, right) in &merges {
-            joined.clear();
-            joined.push_str(left);
-            joined.push_str(right);
-            let unknown =
-                [left, right, &joined].into_iter().find(|part| !vocab.contains_key(*part));
-            if let Some(unknown) = unknown {
-                return Err(TokenizerError::vocabulary(format!(
-                    "the merge `{left} {right}` needs the token `{unknown}`, which is not in the \
-                     vocabulary"
-                )));
-            }
-        }
-        let vocab: tokenizers::models::bpe::Vocab = vocab.into_iter().collect();
-        let mut builder = BPE::builder()
-            .vocab_and_merges(vocab, merges)
-            .fuse_unk(self.fuse_unk)
-            .byte_fallback(self.byte_fallback)
-            .ignore_merges(self.ignore_merges);
-        if let Some(unk_token) = self.unk_token {
-            builder = builder.unk_token(unk_token);
-        }
-        let model = builder.build().map_err(|error| {
-            TokenizerError::vocabulary(format!("the vocabulary cannot be used: {error}"))
-        })?;
-        Ok(ModelWrapper::BPE(model))
     }
 }
 

@@ -9,25 +9,32 @@
 //! written down once when the tokenizer is built, so decoding a stream costs the same per token
 //! however long the text has grown.
 
+mod bpe;
 mod byte_level;
 mod config;
 mod detokenizer;
 mod gguf;
 mod json;
 mod sentencepiece;
+mod stored;
 
 use std::collections::HashMap;
 
+use bitnet_core::{DType, Tensor};
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
 use tokenizers::models::wordlevel::WordLevel;
 use tokenizers::{
-    AddedToken, AddedVocabulary, Model, ModelWrapper, NormalizerWrapper, OffsetReferential,
-    OffsetType, PreTokenizer, PreTokenizerWrapper,
+    AddedToken, AddedVocabulary, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizer,
+    PreTokenizerWrapper,
 };
 
+use bpe::Bpe;
 pub use config::TokenizerConfig;
 pub use detokenizer::Detokenizer;
 pub use gguf::GgufVocabulary;
 use sentencepiece::SentencePiece;
+pub use stored::StoredTokenizer;
 
 /// Ids at or above this are refused: tables are indexed by id, and no known vocabulary comes near.
 const MAX_VOCABULARY: usize = 1 << 24;
@@ -95,20 +102,29 @@ enum Segmentation {
 struct Pipeline {
     normalizer: Option<NormalizerWrapper>,
     pre_tokenizer: Option<PreTokenizerWrapper>,
-    model: ModelWrapper,
+    model: Bpe,
 }
 
-/// The bytes each id stands for, end to end, and where each begins.
+/// The bytes each id stands for, end to end, and where each begins. They may lie in a mapped file.
 struct TokenBytes {
-    bytes: Vec<u8>,
-    /// `[vocab_size + 1]`; an id without a token has an empty range and is not in `known`.
-    starts: Vec<usize>,
-    known: Vec<bool>,
+    bytes: Bytes,
+    /// Little-endian `u32` `[vocab_size + 1]`; an id without a token has an empty range.
+    starts: Bytes,
+    /// `[vocab_size]`, of [`KNOWN`] and [`SPECIAL`].
+    flags: Bytes,
 }
+
+/// Flag of an id that has a token.
+const KNOWN: u8 = 1;
+/// Flag of a special token.
+const SPECIAL: u8 = 2;
 
 impl TokenBytes {
-    /// From `(id, bytes)` pairs in any order. An id twice is an error.
-    fn build(tokens: HashMap<u32, Vec<u8>>) -> Result<Self, TokenizerError> {
+    /// From `(id, bytes)` pairs in any order. `special` ids are among them.
+    fn build(
+        tokens: &HashMap<u32, Vec<u8>>,
+        special: impl Iterator<Item = u32>,
+    ) -> Result<Self, TokenizerError> {
         let vocab_size = tokens.keys().max().map_or(0, |&id| id as usize + 1);
         if vocab_size > MAX_VOCABULARY {
             return Err(TokenizerError::vocabulary(format!(
@@ -116,30 +132,48 @@ impl TokenBytes {
                 vocab_size - 1
             )));
         }
-        let mut table = TokenBytes {
-            bytes: Vec::new(),
-            starts: Vec::with_capacity(vocab_size + 1),
-            known: Vec::with_capacity(vocab_size),
-        };
-        table.starts.push(0);
+        let mut bytes = Vec::new();
+        let mut starts = Vec::with_capacity(4 * (vocab_size + 1));
+        let mut flags = vec![0; vocab_size];
+        starts.extend([0; 4]);
         for id in 0..vocab_size as u32 {
-            let token = tokens.get(&id);
-            table.bytes.extend(token.into_iter().flatten());
-            table.starts.push(table.bytes.len());
-            table.known.push(token.is_some());
+            if let Some(token) = tokens.get(&id) {
+                bytes.extend(token);
+                flags[id as usize] = KNOWN;
+            }
+            let Ok(end) = u32::try_from(bytes.len()) else {
+                return Err(TokenizerError::vocabulary("the vocabulary has more than 4 GB"));
+            };
+            starts.extend(end.to_le_bytes());
         }
-        Ok(table)
+        special.for_each(|id| flags[id as usize] |= SPECIAL);
+        Ok(TokenBytes { bytes: bytes.into(), starts: starts.into(), flags: flags.into() })
+    }
+
+    /// One more than the largest id that a token has.
+    fn vocab_size(&self) -> usize {
+        self.flags.len()
+    }
+
+    fn has(&self, id: u32, flag: u8) -> bool {
+        self.flags.get(id as usize).is_some_and(|flags| flags & flag != 0)
     }
 
     fn get(&self, id: u32) -> Option<&[u8]> {
-        let index = id as usize;
-        let known = *self.known.get(index)?;
-        known.then(|| &self.bytes[self.starts[index]..self.starts[index + 1]])
+        if !self.has(id, KNOWN) {
+            return None;
+        }
+        let (starts, _) = self.starts.as_chunks::<4>();
+        let at = |index: usize| starts.get(index).map(|start| u32::from_le_bytes(*start) as usize);
+        // Of a file whose offsets lead nowhere, tokens are empty.
+        let range = at(id as usize)?..at(id as usize + 1)?;
+        Some(self.bytes.get(range).unwrap_or_default())
     }
 }
 
 /// What decoding does with the space that an encoder put before a text.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 enum LeadingSpace {
     /// It puts none there.
     Kept,
@@ -169,9 +203,18 @@ pub struct Tokenizer {
     segmentation: Segmentation,
     added: AddedVocabulary,
     added_as_text: AddedVocabulary,
+    /// What `added` was made of, by id.
+    added_tokens: Vec<(u32, AddedToken)>,
     ids: HashMap<String, u32>,
-    special: Vec<bool>,
     bytes: TokenBytes,
+    ends: Ends,
+}
+
+/// What stands around texts.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Ends {
+    /// Ids put before and after a text that asks for it.
     prefix: Vec<u32>,
     suffix: Vec<u32>,
     bos: Option<u32>,
@@ -179,14 +222,32 @@ pub struct Tokenizer {
     leading_space: LeadingSpace,
 }
 
+/// Bytes as a tensor of one row.
+fn byte_tensor(bytes: &Bytes) -> Tensor {
+    Tensor::new(DType::U8, vec![bytes.len()], bytes.clone()).expect("bytes fill their length")
+}
+
 impl Tokenizer {
     fn new(parts: Parts) -> Result<Self, TokenizerError> {
         let Parts { segmentation, mut added, mut bytes, prefix, suffix, bos, eos, .. } = parts;
         added.retain(|(_, token)| !token.content.is_empty());
         added.sort_by_key(|(id, _)| *id);
+        bytes.extend(added.iter().map(|(id, token)| (*id, token.content.clone().into_bytes())));
+        let special = added.iter().filter(|(_, token)| token.special).map(|(id, _)| *id);
+        let bytes = TokenBytes::build(&bytes, special)?;
+        let leading_space = parts.leading_space;
+        Self::assemble(segmentation, added, bytes, Ends { prefix, suffix, bos, eos, leading_space })
+    }
 
+    /// From parts that fit each other; `added` is in ascending order.
+    fn assemble(
+        segmentation: Segmentation,
+        added_tokens: Vec<(u32, AddedToken)>,
+        bytes: TokenBytes,
+        ends: Ends,
+    ) -> Result<Self, TokenizerError> {
         let mut ids = HashMap::new();
-        for (id, token) in &added {
+        for (id, token) in &added_tokens {
             if let Some(other) = ids.insert(token.content.clone(), *id).filter(|other| other != id)
             {
                 return Err(TokenizerError::vocabulary(format!(
@@ -194,33 +255,15 @@ impl Tokenizer {
                     token.content
                 )));
             }
-            bytes.insert(*id, token.content.clone().into_bytes());
         }
-        let bytes = TokenBytes::build(bytes)?;
-        let mut special = vec![false; bytes.known.len()];
-        for (id, token) in &added {
-            special[*id as usize] |= token.special;
-        }
-
-        let vocabulary = added_vocabulary(&segmentation, &added)?;
-        let mut added_as_text = vocabulary.clone();
+        let added = added_vocabulary(&segmentation, &added_tokens)?;
+        let mut added_as_text = added.clone();
         added_as_text.set_encode_special_tokens(true);
-        let tokenizer = Tokenizer {
-            segmentation,
-            added: vocabulary,
-            added_as_text,
-            ids,
-            special,
-            bytes,
-            prefix,
-            suffix,
-            bos,
-            eos,
-            leading_space: parts.leading_space,
-        };
-        let named = tokenizer.prefix.iter().chain(&tokenizer.suffix).copied();
-        for id in named.chain(bos).chain(eos) {
-            tokenizer.token_bytes(id)?;
+        let tokenizer =
+            Tokenizer { segmentation, added, added_as_text, added_tokens, ids, bytes, ends };
+        let Ends { prefix, suffix, bos, eos, .. } = &tokenizer.ends;
+        for id in prefix.iter().chain(suffix).chain(bos).chain(eos) {
+            tokenizer.token_bytes(*id)?;
         }
         Ok(tokenizer)
     }
@@ -237,10 +280,10 @@ impl Tokenizer {
         add_special: bool,
         special: Special,
     ) -> Result<Vec<u32>, TokenizerError> {
-        let mut ids = if add_special { self.prefix.clone() } else { Vec::new() };
+        let mut ids = if add_special { self.ends.prefix.clone() } else { Vec::new() };
         self.segment(text, special, &mut ids)?;
         if add_special {
-            ids.extend(&self.suffix);
+            ids.extend(&self.ends.suffix);
         }
         Ok(ids)
     }
@@ -258,7 +301,7 @@ impl Tokenizer {
         let failed = |error: tokenizers::Error| TokenizerError::Text(error.to_string());
         let pieces = match &self.segmentation {
             Segmentation::Pipeline(pipeline) => {
-                let Pipeline { normalizer, pre_tokenizer, model } = &**pipeline;
+                let Pipeline { normalizer, pre_tokenizer, .. } = &**pipeline;
                 if longest_white_space(text) > MAX_WHITE_SPACE {
                     return Err(TokenizerError::Text(format!(
                         "it has more than {MAX_WHITE_SPACE} white-space characters in a row"
@@ -268,7 +311,6 @@ impl Tokenizer {
                 if let Some(pre_tokenizer) = pre_tokenizer {
                     pre_tokenizer.pre_tokenize(&mut pieces).map_err(failed)?;
                 }
-                pieces.tokenize(|piece| model.tokenize(piece.get())).map_err(failed)?;
                 pieces
             }
             Segmentation::SentencePiece(_) => {
@@ -282,7 +324,7 @@ impl Tokenizer {
                 (None, Segmentation::SentencePiece(rules)) => {
                     rules.encode(piece, index == 0, ids)?
                 }
-                (None, Segmentation::Pipeline(_)) => unreachable!("every piece was tokenised"),
+                (None, Segmentation::Pipeline(pipeline)) => pipeline.model.encode(piece, ids)?,
             }
         }
         Ok(())
@@ -306,7 +348,7 @@ impl Tokenizer {
 
     /// One more than the largest id that a token has. A model's output may be wider (padding).
     pub fn vocab_size(&self) -> usize {
-        self.bytes.known.len()
+        self.bytes.vocab_size()
     }
 
     /// The bytes an id stands for: often whole characters, sometimes a part of one.
@@ -320,7 +362,7 @@ impl Tokenizer {
     /// The id of a token by its name in the vocabulary: `<|eot_id|>`, `Ġthe`, `▁the`, `<0x0A>`.
     pub fn id_of(&self, token: &str) -> Option<u32> {
         let in_model = || match &self.segmentation {
-            Segmentation::Pipeline(pipeline) => pipeline.model.token_to_id(token),
+            Segmentation::Pipeline(pipeline) => pipeline.model.id_of(token),
             Segmentation::SentencePiece(rules) => rules.id_of(token),
         };
         self.ids.get(token).copied().or_else(in_model)
@@ -328,22 +370,22 @@ impl Tokenizer {
 
     /// Whether `id` is a special token, which `skip_special` leaves out of decoded text.
     pub fn is_special(&self, id: u32) -> bool {
-        self.special.get(id as usize).copied().unwrap_or(false)
+        self.bytes.has(id, SPECIAL)
     }
 
     /// The token that begins a text, where the vocabulary has one.
     pub fn bos(&self) -> Option<u32> {
-        self.bos
+        self.ends.bos
     }
 
     /// The token that the tokenizer's files call the end token, where they name one.
     pub fn eos(&self) -> Option<u32> {
-        self.eos
+        self.ends.eos
     }
 
     /// Whether `encode` with `add_special` begins with the begin token.
     pub fn adds_bos(&self) -> bool {
-        self.bos.is_some() && self.prefix.first().copied() == self.bos
+        self.ends.bos.is_some() && self.ends.prefix.first().copied() == self.ends.bos
     }
 
     /// Every id that ends a text or a turn, ascending: those that the model's files name
@@ -355,7 +397,7 @@ impl Tokenizer {
             .filter_map(|token| self.id_of(token))
             .filter(|&id| self.is_special(id));
         let mut ids: Vec<u32> =
-            named_by_files.iter().copied().chain(self.eos).chain(known).collect();
+            named_by_files.iter().copied().chain(self.ends.eos).chain(known).collect();
         ids.sort_unstable();
         ids.dedup();
         ids

@@ -11,6 +11,7 @@ mod model_file;
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
 
+use serde::{Deserialize, Serialize};
 use tokenizers::AddedToken;
 
 use self::charsmap::CharsMap;
@@ -23,7 +24,8 @@ const SPACE: &str = "▁";
 const UNKNOWN_PENALTY: f32 = 10.0;
 
 /// What a piece is for, with SentencePiece's and GGUF's numbers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Kind {
     Normal,
     Unknown,
@@ -41,21 +43,24 @@ impl Kind {
     }
 }
 
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Piece {
     pub(super) text: String,
     pub(super) score: f32,
     pub(super) kind: Kind,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub(super) enum Algorithm {
     Bpe,
     Unigram,
 }
 
 /// A SentencePiece model as its file describes it.
-#[derive(Debug)]
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub(super) struct Description {
     pub(super) pieces: Vec<Piece>,
     pub(super) algorithm: Algorithm,
@@ -165,7 +170,7 @@ pub(super) fn tokenizer(
 }
 
 impl SentencePiece {
-    fn new(description: Description) -> Result<Self, TokenizerError> {
+    pub(super) fn new(description: Description) -> Result<Self, TokenizerError> {
         let mut ids = HashMap::with_capacity(description.pieces.len());
         let mut byte_ids = vec![None; 256];
         let mut unknown = None;
@@ -226,6 +231,11 @@ impl SentencePiece {
             byte_ids,
             best_score,
         })
+    }
+
+    /// What [`new`](Self::new) made it of.
+    pub(super) fn description(&self) -> &Description {
+        &self.description
     }
 
     pub(super) fn id_of(&self, token: &str) -> Option<u32> {
