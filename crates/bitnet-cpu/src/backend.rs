@@ -1,9 +1,14 @@
 //! [`CpuBackend`]: the memory and the operations of [`Backend`] on the CPU.
 
+use std::sync::atomic::Ordering;
+
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, Norm, Span,
 };
-use bitnet_core::{DType, Error, LinearUse, Shortcuts, Tensor, TernaryMatrix, TiledMatrix, budget};
+use bitnet_core::{
+    Candidate, DType, Error, Keep, LinearUse, Screen, ShortcutCounts, Shortcuts, Tensor,
+    TernaryMatrix, TiledMatrix, budget,
+};
 use bitnet_quant::packing::tile;
 
 use crate::buffer::Buffer;
@@ -33,6 +38,7 @@ pub struct CpuOptions {
 /// Computes on the CPU.
 pub struct CpuBackend {
     compute: Compute,
+    shortcuts: Shortcuts,
     copies: bool,
 }
 
@@ -51,7 +57,11 @@ impl CpuBackend {
         }
         let pool = ThreadPool::new(threads)
             .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
-        Ok(CpuBackend { compute: Compute::new(kernels, pool), copies: options.copies })
+        Ok(CpuBackend {
+            compute: Compute::new(kernels, pool),
+            shortcuts: options.shortcuts,
+            copies: options.copies,
+        })
     }
 
     /// Threads that share each operation, the calling one included.
@@ -89,12 +99,22 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type Linear = Linear;
     type Table = Tensor;
+    type Screen = Screen;
     type Kv = KvStore;
 
     fn name(&self) -> String {
         let threads = self.threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.compute.kernels.name)
+    }
+
+    fn shortcut_counts(&self) -> ShortcutCounts {
+        let head = &self.compute.head_counts;
+        ShortcutCounts {
+            head_rows: head.rows.load(Ordering::Relaxed),
+            head_rows_rescored: head.rescored.load(Ordering::Relaxed),
+            ..ShortcutCounts::default()
+        }
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, Error> {
@@ -136,6 +156,14 @@ impl Backend for CpuBackend {
                 "an embedding or head is F32, F16, BF16, Q8_0, Q4_K or Q6_K; convert it",
             )),
         }
+    }
+
+    fn load_screen(&self, screen: &Screen) -> Result<Option<Screen>, Error> {
+        Ok(self.shortcuts.head.then(|| screen.clone()))
+    }
+
+    fn wants_screen(&self) -> bool {
+        self.shortcuts.head && self.copies
     }
 
     fn buffer(&self, rows: usize, cols: usize) -> Result<Buffer, Error> {
@@ -198,6 +226,22 @@ impl Backend for CpuBackend {
         out: &mut Buffer,
     ) {
         self.compute.head(x, picks, &norm.weight, norm.eps, table, out);
+    }
+
+    fn screened_head(
+        &self,
+        x: &Buffer,
+        pick: usize,
+        norm: &Norm<Self>,
+        table: &Tensor,
+        screen: &Screen,
+        keep: Keep,
+        exact_ids: &[u32],
+        out: &mut Vec<Candidate>,
+    ) -> Result<(), Error> {
+        let (weight, eps) = parts(norm);
+        self.compute.screened_head(x.row(pick), weight, eps, table, screen, keep, exact_ids, out);
+        Ok(())
     }
 
     fn kv_allocate(&self, layout: KvLayout, blocks: usize) -> Result<KvStore, Error> {

@@ -23,6 +23,7 @@ use std::ops::Range;
 
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
+use bitnet_core::screen;
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
@@ -34,6 +35,10 @@ pub(crate) use generic::{HeadPlace, HeadRow, KvRows, Query, partial_len};
 pub(crate) type Tile = [u8; tile::BYTES];
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
+/// Four columns of a screen's input: high planes, then low planes.
+pub(crate) type Planes = [[i8; screen::COLS]; 2];
+
+type ScreenSums = unsafe fn(&[[u8; screen::TILE]], &[Planes]) -> [[i32; screen::ROWS]; 2];
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
 
 /// The kernels of one instruction set.
@@ -41,6 +46,7 @@ pub(crate) struct Kernels {
     /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.
     pub(crate) name: &'static str,
     ternary_int8: TernaryInt8,
+    screen_sums: ScreenSums,
     ternary_f32: TernaryF32,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     quantize_row: unsafe fn(&[f32], &mut [i8]) -> QuantizedRow,
@@ -90,6 +96,21 @@ impl Kernels {
         // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that the
         // kernels read, as just checked.
         unsafe { (self.ternary_int8)(tiles, q, stride, acc) }
+    }
+
+    /// [`bitnet_quant::screen::sums`] of a band.
+    ///
+    /// # Panics
+    /// If there are not as many planes as tiles.
+    pub(crate) fn screen_sums(
+        &self,
+        tiles: &[[u8; screen::TILE]],
+        planes: &[Planes],
+    ) -> [[i32; screen::ROWS]; 2] {
+        assert_eq!(tiles.len(), planes.len());
+        // SAFETY: the CPU has the instructions (see `Kernels`); the functions read one element of
+        // `planes` for each of `tiles`.
+        unsafe { (self.screen_sums)(tiles, planes) }
     }
 
     /// `sums[t][r] = sum over k of weight(r, k) * x[t * stride + k]` in four accumulators by
@@ -162,6 +183,7 @@ macro_rules! instantiate {
     (
         name: $name:expr,
         ternary_int8: $ternary_int8:path,
+        screen_sums: $screen_sums:path,
         decode_f16: $decode_f16:path,
         $(#[$features:meta])?
     ) => {
@@ -227,6 +249,7 @@ macro_rules! instantiate {
         pub(super) static KERNELS: Kernels = Kernels {
             name: $name,
             ternary_int8: $ternary_int8,
+            screen_sums: $screen_sums,
             ternary_f32,
             rms_norm,
             quantize_row,
@@ -247,11 +270,11 @@ use instantiate;
 
 /// What [`instantiate`] names, for the files that use it.
 mod parts {
-    pub(super) use super::{HeadRow, Kernels, Query, Tile, generic, instantiate, tile};
+    pub(super) use super::{HeadRow, Kernels, Planes, Query, Tile, generic, instantiate, tile};
     pub(super) use std::ops::Range;
 
     pub(super) use bitnet_core::backend::Activation;
-    pub(super) use bitnet_core::{DType, numerics};
+    pub(super) use bitnet_core::{DType, numerics, screen};
     pub(super) use bitnet_quant::activation::{self, QuantizedRow};
 }
 
@@ -326,6 +349,31 @@ mod tests {
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
                 });
             }
+        }
+    }
+
+    #[test]
+    fn sums_of_screens_hold_at_their_fullest_and_are_exact() {
+        let mut random = bitnet_testing::Random::new(3);
+        each_kernel(|kernels| {
+            for (code, q) in [(255u8, -64i8), (255, 63), (0, -64), (1, 1)] {
+                for count in [1, 2, 3, 7, 64, 16_384] {
+                    let sums =
+                        kernels.screen_sums(&vec![[code; 64]; count], &vec![[[q; 4]; 2]; count]);
+                    let all = i32::from(code) * i32::from(q) * 4 * count as i32;
+                    assert_eq!(sums, [[all; 16]; 2], "{} {count}", kernels.name);
+                }
+            }
+        });
+        for count in [1, 2, 5, 8, 31] {
+            let tiles: Vec<[u8; 64]> =
+                (0..count).map(|_| std::array::from_fn(|_| random.bits() as u8)).collect();
+            let mut plane = || std::array::from_fn(|_| random.below(128) as i8 - 64);
+            let planes: Vec<Planes> = (0..count).map(|_| [plane(), plane()]).collect();
+            let expected = bitnet_quant::screen::sums(&tiles, &planes);
+            each_kernel(|kernels| {
+                assert_eq!(kernels.screen_sums(&tiles, &planes), expected, "{}", kernels.name);
+            });
         }
     }
 

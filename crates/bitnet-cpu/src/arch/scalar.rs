@@ -31,6 +31,7 @@ fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::
 instantiate! {
     name: "scalar",
     ternary_int8: ternary_int8,
+    screen_sums: bitnet_quant::screen::sums,
     decode_f16: decode_f16,
 }
 
@@ -48,6 +49,7 @@ mod fused {
     instantiate! {
         name: "scalar",
         ternary_int8: ternary_int8,
+        screen_sums: bitnet_quant::screen::sums,
         decode_f16: decode_f16,
         #[target_feature(enable = "fma")]
     }

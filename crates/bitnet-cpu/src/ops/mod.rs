@@ -3,6 +3,7 @@
 mod attention;
 mod linears;
 mod rows;
+mod screen;
 mod table;
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -21,6 +22,7 @@ pub(crate) struct Compute {
     pub(crate) kernels: &'static Kernels,
     pub(crate) pool: ThreadPool,
     scratch: Mutex<Scratch>,
+    pub(crate) head_counts: screen::HeadCounts,
 }
 
 /// Memory that operations need between their parts. It grows to the largest step and stays.
@@ -36,6 +38,8 @@ struct Scratch {
     group_sums: Vec<i32>,
     /// Partial results of attention.
     partials: Vec<f32>,
+    /// What the screen of a head needs.
+    screen: screen::Scratch,
     /// What each thread needs for itself.
     threads: Vec<Mutex<ThreadScratch>>,
 }
@@ -50,7 +54,7 @@ impl Compute {
     pub(crate) fn new(kernels: &'static Kernels, pool: ThreadPool) -> Self {
         let threads = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let scratch = Mutex::new(Scratch { threads, ..Scratch::default() });
-        Compute { kernels, pool, scratch }
+        Compute { kernels, pool, scratch, head_counts: screen::HeadCounts::default() }
     }
 
     /// The scratch of the one operation that runs.
