@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::error::Error;
+use crate::screen::{Candidate, Keep, Screen};
 use crate::shortcuts::ShortcutCounts;
 use crate::tensor::Tensor;
 use crate::ternary::{LinearUse, TernaryMatrix, TiledMatrix};
@@ -156,6 +157,8 @@ pub trait Backend: Send + Sync + Sized + 'static {
     type Linear: Send + Sync;
     /// A loaded embedding or output-head matrix `[vocabulary, hidden]`, stored as in the file.
     type Table: Send + Sync;
+    /// A loaded reduced-precision copy of an output head.
+    type Screen: Send + Sync;
     /// Key/value blocks.
     type Kv: Send;
 
@@ -190,6 +193,13 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// Loads an embedding or head: F32, F16, BF16, Q8_0, Q4_K or Q6_K `[vocabulary, hidden]`.
     /// A mapped tensor stays mapped.
     fn load_table(&self, table: &Tensor) -> Result<Self::Table, Error>;
+    /// Loads the screen of an output head; `None` where this backend takes no such shortcut. A
+    /// mapped one stays mapped.
+    fn load_screen(&self, screen: &Screen) -> Result<Option<Self::Screen>, Error>;
+    /// Whether a screen is to be made for a head that comes without one.
+    fn wants_screen(&self) -> bool {
+        false
+    }
     /// A zeroed buffer with room for `rows` rows of `cols` elements.
     fn buffer(&self, rows: usize, cols: usize) -> Result<Self::Buffer, Error>;
     /// Copies `values` to the start of a buffer, as rows of `cols`.
@@ -241,6 +251,21 @@ pub trait Backend: Send + Sync + Sized + 'static {
         table: &Self::Table,
         out: &mut Self::Buffer,
     );
+    /// The logits of `x[pick]` that can matter, exactly as [`head`](Backend::head) gives them, in
+    /// ascending order of ids: at least those of `exact_ids` (ascending, each once; ids that the
+    /// table has not are passed over), and of the other ids at least those that `keep` asks for.
+    /// `screen` was made from `table`. An error means that the device was lost.
+    fn screened_head(
+        &self,
+        x: &Self::Buffer,
+        pick: usize,
+        norm: &Norm<Self>,
+        table: &Self::Table,
+        screen: &Self::Screen,
+        keep: Keep,
+        exact_ids: &[u32],
+        out: &mut Vec<Candidate>,
+    ) -> Result<(), Error>;
 
     // Keys and values.
 

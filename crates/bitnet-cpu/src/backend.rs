@@ -5,7 +5,8 @@ use bitnet_core::backend::{
     Span, gated_ffn_by_parts,
 };
 use bitnet_core::{
-    DType, Error, LinearUse, ShortcutCounts, Shortcuts, Tensor, TernaryMatrix, TiledMatrix, budget,
+    Candidate, DType, Error, Keep, LinearUse, Screen, ShortcutCounts, Shortcuts, Tensor,
+    TernaryMatrix, TiledMatrix, budget,
 };
 use bitnet_quant::packing::tile;
 
@@ -97,6 +98,7 @@ impl Backend for CpuBackend {
     type Vector = Vec<f32>;
     type Linear = Linear;
     type Table = Tensor;
+    type Screen = Screen;
     type Kv = KvStore;
 
     fn name(&self) -> String {
@@ -148,6 +150,14 @@ impl Backend for CpuBackend {
                 "an embedding or head is F32, F16, BF16, Q8_0, Q4_K or Q6_K; convert it",
             )),
         }
+    }
+
+    fn load_screen(&self, screen: &Screen) -> Result<Option<Screen>, Error> {
+        Ok(self.compute.shortcuts.head.then(|| screen.clone()))
+    }
+
+    fn wants_screen(&self) -> bool {
+        self.compute.shortcuts.head && self.copies
     }
 
     fn buffer(&self, rows: usize, cols: usize) -> Result<Buffer, Error> {
@@ -210,6 +220,22 @@ impl Backend for CpuBackend {
         out: &mut Buffer,
     ) {
         self.compute.head(x, picks, &norm.weight, norm.eps, table, out);
+    }
+
+    fn screened_head(
+        &self,
+        x: &Buffer,
+        pick: usize,
+        norm: &Norm<Self>,
+        table: &Tensor,
+        screen: &Screen,
+        keep: Keep,
+        exact_ids: &[u32],
+        out: &mut Vec<Candidate>,
+    ) -> Result<(), Error> {
+        let (weight, eps) = parts(norm);
+        self.compute.screened_head(x.row(pick), weight, eps, table, screen, keep, exact_ids, out);
+        Ok(())
     }
 
     fn kv_allocate(&self, layout: KvLayout, blocks: usize) -> Result<KvStore, Error> {

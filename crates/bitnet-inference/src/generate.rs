@@ -85,7 +85,7 @@ pub fn generate(
     let mut stop = StopStrings::new(options.stop.clone())?;
     let mut detokenizer = Detokenizer::within(true);
     let mut history = prompt.to_vec();
-    let mut logits = Vec::new();
+    let (mut logits, mut candidates) = (Vec::new(), Vec::new());
     let mut generation = Generation {
         tokens: Vec::new(),
         text: String::new(),
@@ -96,12 +96,17 @@ pub fn generate(
     };
 
     let start = Instant::now();
-    session.feed(prompt, &mut logits)?;
+    let selection = sampler.selection(&history, 0);
+    let mut selected = session.feed_selected(prompt, selection, &mut candidates, &mut logits)?;
     generation.prompt_time = start.elapsed();
     let start = Instant::now();
     while generation.tokens.len() < options.max_tokens {
         let position = generation.tokens.len() as u64;
-        let sampled = sampler.sample(&logits, &history, position)?;
+        let sampled = if selected {
+            sampler.sample_candidates(&candidates, &history, position)?
+        } else {
+            sampler.sample(&logits, &history, position)?
+        };
         if options.end_ids.contains(&sampled.token) {
             generation.finish_reason = FinishReason::Stop;
             break;
@@ -131,7 +136,9 @@ pub fn generate(
             break;
         }
         if generation.tokens.len() < options.max_tokens {
-            session.feed(&[sampled.token], &mut logits)?;
+            let selection = sampler.selection(&history, generation.tokens.len() as u64);
+            selected =
+                session.feed_selected(&[sampled.token], selection, &mut candidates, &mut logits)?;
         }
     }
     generation.decode_time = start.elapsed();

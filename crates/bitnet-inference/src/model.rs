@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bitnet_core::Error as CoreError;
-use bitnet_core::{Device, Shortcuts};
+use bitnet_core::{Device, ShortcutCounts, Shortcuts};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_model::config::{ModelConfig, Pooling};
 use bitnet_model::source::{self, Description};
@@ -107,6 +107,11 @@ impl Model {
     /// Name of the backend the model runs on.
     pub fn backend_name(&self) -> String {
         self.decoder.backend_name()
+    }
+
+    /// What exact shortcuts have saved since the model was loaded.
+    pub fn shortcut_counts(&self) -> ShortcutCounts {
+        self.decoder.shortcut_counts()
     }
 
     /// A new, empty sequence.

@@ -8,10 +8,12 @@
 mod candidates;
 mod chain;
 
-use bitnet_core::numerics;
+use bitnet_core::{Keep, numerics};
 use thiserror::Error;
 
-pub use candidates::{Candidate, Candidates, Distribution};
+pub use bitnet_core::Candidate;
+
+pub use candidates::{Candidates, Distribution};
 pub use chain::{Chain, Filter, History};
 
 use crate::random;
@@ -156,6 +158,15 @@ pub struct Sampled {
     pub top_logprobs: Vec<(u32, f64)>,
 }
 
+/// Which logits a [`Sampler`] needs for the next token, if not all.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Selection<'a> {
+    /// Needed of the tokens that are not among `exact_ids`.
+    pub keep: Keep,
+    /// Tokens that are needed whatever their logits, ascending, each once.
+    pub exact_ids: &'a [u32],
+}
+
 /// Samples one token per call for one sequence.
 ///
 /// A token is a function of the parameters, the logits, the history and the output position.
@@ -168,6 +179,8 @@ pub struct Sampler {
     seed: u64,
     logprobs: Option<usize>,
     candidates: Candidates,
+    /// Room for [`Selection::exact_ids`].
+    touched: Vec<u32>,
 }
 
 impl Sampler {
@@ -190,7 +203,14 @@ impl Sampler {
 
     /// A sampler that draws from what a chain of your own leaves, without log-probabilities.
     pub fn with_chain(chain: Chain, seed: u64) -> Self {
-        Self { chain, greedy: false, seed, logprobs: None, candidates: Candidates::default() }
+        Self {
+            chain,
+            greedy: false,
+            seed,
+            logprobs: None,
+            candidates: Candidates::default(),
+            touched: Vec::new(),
+        }
     }
 
     /// Samples from the logits of the whole vocabulary, `logits: [vocabulary]`.
@@ -225,11 +245,38 @@ impl Sampler {
         Ok(Sampled { token, logprob: Some(logprob(logits[token as usize])), top_logprobs })
     }
 
+    /// What [`sample_candidates`](Sampler::sample_candidates) needs to give the token that
+    /// [`sample`](Sampler::sample) would, for the same history and position; `None` if that is all
+    /// logits.
+    pub fn selection(&mut self, history: &[u32], output_position: u64) -> Option<Selection<'_>> {
+        if self.logprobs.is_some() {
+            return None;
+        }
+        let output_tokens = usize::try_from(output_position).unwrap_or(usize::MAX);
+        let rest = self.chain.touched(History::new(history, output_tokens), &mut self.touched);
+        // Tokens that nothing touched keep their order among themselves, and what is kept of all
+        // is at most what is kept of them.
+        let keep = match *rest {
+            [] if self.greedy => Keep::Largest(1),
+            [Filter::TopK(k), ..] => Keep::Largest(k),
+            [Filter::MinP(p), ..] => Keep::Within(-libm::log(p)),
+            [Filter::Temperature(t), Filter::MinP(p), ..] => {
+                // The last term is for quotients too small for f32 to tell apart.
+                let t = f64::from(t);
+                Keep::Within(t * -libm::log(p) * (1.0 + 1e-6) + t * 1e-44)
+            }
+            _ => return None,
+        };
+        // Of p = 0 everything is kept.
+        let bounded = !matches!(keep, Keep::Within(margin) if !margin.is_finite());
+        bounded.then_some(Selection { keep, exact_ids: &self.touched })
+    }
+
     /// Samples from some of the vocabulary's tokens, in any order, each at most once.
     ///
     /// The token is the one that [`sample`](Sampler::sample) gives if every absent token is one
     /// that the first removing filter of the chain would remove, and that filter is top-k or min-p,
-    /// which look at nothing below what they keep. For greedy sampling, if the largest logit after
+    /// which look at nothing below what they keep ([`selection`](Sampler::selection)). For greedy sampling, if the largest logit after
     /// bias and penalties is there, with all its ties.
     ///
     /// # Errors

@@ -2,12 +2,13 @@
 
 use std::sync::Arc;
 
-use bitnet_core::Error as CoreError;
 use bitnet_core::backend::{Backend, KvType, Span};
+use bitnet_core::{Error as CoreError, ShortcutCounts};
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Step, Workspace};
 
 use crate::error::Error;
+use crate::sampler::{Candidate, Selection};
 
 /// Tokens per KV block of a session.
 const BLOCK_TOKENS: usize = 16;
@@ -39,6 +40,7 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn config(&self) -> &ModelConfig;
     fn vocab_size(&self) -> usize;
     fn backend_name(&self) -> String;
+    fn shortcut_counts(&self) -> ShortcutCounts;
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
 }
 
@@ -53,6 +55,10 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
 
     fn backend_name(&self) -> String {
         self.backend().name()
+    }
+
+    fn shortcut_counts(&self) -> ShortcutCounts {
+        self.backend().shortcut_counts()
     }
 
     fn session(&self, options: SessionOptions) -> Result<Session, Error> {
@@ -87,6 +93,9 @@ trait AnySequence: Send {
 enum Output<'a> {
     /// Logits of the last token.
     Last(&'a mut Vec<f32>),
+    /// Logits of the last token that can matter, or all where the model cannot tell them apart;
+    /// whether it could goes into the flag.
+    Selected(Selection<'a>, &'a mut Vec<Candidate>, &'a mut Vec<f32>, &'a mut bool),
     /// Logits of every token, shown one row at a time.
     Every(&'a mut dyn FnMut(&[f32])),
     /// Normed final hidden states, shown one step at a time.
@@ -168,7 +177,16 @@ impl<B: Backend> AnySequence for Sequence<B> {
                 Output::Last(logits) if after.is_empty() => {
                     decoder.logits(workspace, &[chunk.len() - 1], logits)?;
                 }
-                Output::Last(_) => {}
+                Output::Selected(selection, candidates, logits, selected) if after.is_empty() => {
+                    let pick = chunk.len() - 1;
+                    let Selection { keep, exact_ids } = *selection;
+                    **selected =
+                        decoder.candidates(workspace, pick, keep, exact_ids, candidates)?;
+                    if !**selected {
+                        decoder.logits(workspace, &[pick], logits)?;
+                    }
+                }
+                Output::Last(_) | Output::Selected(..) => {}
                 Output::Every(show) => {
                     let rows: Vec<usize> = (0..chunk.len()).collect();
                     for picks in rows.chunks(PICKS) {
@@ -216,6 +234,26 @@ impl Session {
     pub fn feed(&mut self, tokens: &[u32], logits: &mut Vec<f32>) -> Result<(), Error> {
         self.check(tokens)?;
         Ok(self.sequence.feed(tokens, &mut Output::Last(logits))?)
+    }
+
+    /// Reads tokens and gets what a sampler needs of the last of them: returns whether it is in
+    /// `candidates`, in ascending order of ids; if not, all logits `[vocabulary]` are in `logits`.
+    pub fn feed_selected(
+        &mut self,
+        tokens: &[u32],
+        selection: Option<Selection<'_>>,
+        candidates: &mut Vec<Candidate>,
+        logits: &mut Vec<f32>,
+    ) -> Result<bool, Error> {
+        let Some(selection) = selection else {
+            self.feed(tokens, logits)?;
+            return Ok(false);
+        };
+        self.check(tokens)?;
+        let mut selected = false;
+        let mut output = Output::Selected(selection, candidates, logits, &mut selected);
+        self.sequence.feed(tokens, &mut output)?;
+        Ok(selected)
     }
 
     /// Reads tokens and shows the logits `[vocabulary]` of each of them in turn.

@@ -5,6 +5,7 @@ use bitnet_core::backend::{
     AttentionShape, Backend, BitLinear, GatedFfn, KvLayout, KvType, Norm, Scratch, Span,
 };
 use bitnet_core::numerics::rope_angle;
+use bitnet_core::{Candidate, Keep};
 
 use crate::config::{LayerConfig, ModelConfig};
 
@@ -16,6 +17,8 @@ pub struct Decoder<B: Backend> {
     pub(crate) embedding: B::Table,
     /// The output head, where it is not the embedding itself.
     pub(crate) head: Option<B::Table>,
+    /// The reduced-precision copy of the head, where there is one.
+    pub(crate) screen: Option<B::Screen>,
     pub(crate) final_norm: Norm<B>,
     pub(crate) layers: Vec<Layer<B>>,
     /// Inverse frequencies of each kind of rotation, `[head_size / 2]`.
@@ -197,6 +200,30 @@ impl<B: Backend> Decoder<B> {
         let Workspace { hidden, logits: out, .. } = workspace;
         self.backend.head(hidden, picks, &self.final_norm, head, out);
         self.backend.read(out, picks.len(), logits)
+    }
+
+    /// The logits of one row of the last step that can matter (see
+    /// [`Backend::screened_head`]), into `candidates`. Returns false, and leaves `candidates` empty,
+    /// for a model without a screen: ask for all [`logits`](Decoder::logits) then.
+    ///
+    /// # Panics
+    /// If `pick` is not a row of the step.
+    pub fn candidates(
+        &self,
+        workspace: &Workspace<B>,
+        pick: usize,
+        keep: Keep,
+        exact_ids: &[u32],
+        candidates: &mut Vec<Candidate>,
+    ) -> Result<bool, CoreError> {
+        assert!(pick < workspace.rows, "a pick outside the step");
+        candidates.clear();
+        let Some(screen) = &self.screen else { return Ok(false) };
+        let head = self.head.as_ref().unwrap_or(&self.embedding);
+        let (hidden, norm) = (&workspace.hidden, &self.final_norm);
+        self.backend
+            .screened_head(hidden, pick, norm, head, screen, keep, exact_ids, candidates)?;
+        Ok(true)
     }
 
     /// Final hidden states `[rows, hidden]` of the last step, after the final norm.

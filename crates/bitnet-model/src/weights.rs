@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use bitnet_core::backend::{Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
 use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, TiledMatrix, WeightScale, budget};
 use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout, tile};
-use bitnet_quant::ternary;
+use bitnet_quant::{screen, ternary};
 use rayon::prelude::*;
 
 use crate::config::{LayerConfig, ModelConfig, Precision, TensorNames, WeightRule};
@@ -69,10 +69,16 @@ pub fn load<B: Backend>(
     loader.refuse_unknown()?;
     let inverse_frequencies =
         config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
+    let screen = if backend.wants_screen() && config.pooling.is_none() {
+        backend.load_screen(&screen::build(head.as_ref().unwrap_or(&embedding))?)?
+    } else {
+        None
+    };
     Ok(Decoder {
         vocab_size: embedding.rows(),
         embedding: backend.load_table(&embedding)?,
         head: head.map(|head| backend.load_table(&head)).transpose()?,
+        screen,
         final_norm,
         layers,
         inverse_frequencies,

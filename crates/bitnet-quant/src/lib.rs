@@ -6,4 +6,5 @@
 pub mod activation;
 pub mod packing;
 pub mod reference;
+pub mod screen;
 pub mod ternary;

@@ -7,7 +7,9 @@ use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, KvType, Norm, Span,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
-use bitnet_core::{Error, LinearUse, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
+use bitnet_core::{
+    Candidate, Error, Keep, LinearUse, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale,
+};
 
 use crate::activation::{QuantizedRow, quantize_row};
 use crate::packing::blocks::{decode_row, f16_to_f32, f32_to_f16};
@@ -196,6 +198,7 @@ impl Backend for ReferenceBackend {
     type Vector = Vec<f32>;
     type Linear = Linear;
     type Table = Tensor;
+    type Screen = ();
     type Kv = KvStore;
 
     fn name(&self) -> String {
@@ -225,6 +228,10 @@ impl Backend for ReferenceBackend {
 
     fn load_table(&self, table: &Tensor) -> Result<Tensor, Error> {
         Ok(table.clone())
+    }
+
+    fn load_screen(&self, _screen: &Screen) -> Result<Option<()>, Error> {
+        Ok(Some(()))
     }
 
     fn buffer(&self, rows: usize, cols: usize) -> Result<Rows, Error> {
@@ -346,6 +353,30 @@ impl Backend for ReferenceBackend {
                 *value = numerics::dot(&weights, &input);
             }
         }
+    }
+
+    fn screened_head(
+        &self,
+        x: &Rows,
+        pick: usize,
+        norm: &Norm<Self>,
+        table: &Tensor,
+        _screen: &(),
+        keep: Keep,
+        exact_ids: &[u32],
+        out: &mut Vec<Candidate>,
+    ) -> Result<(), Error> {
+        let mut logits = self.buffer(1, table.rows())?;
+        self.head(x, &[pick], norm, table, &mut logits);
+        let all = (0..).zip(logits.values).map(|(id, logit)| Candidate { id, logit });
+        let all: Vec<Candidate> = all.collect();
+        let named = |c: &Candidate| exact_ids.contains(&c.id);
+        let mut others: Vec<f32> = all.iter().filter(|c| !named(c)).map(|c| c.logit).collect();
+        let finite = all.iter().all(|c| c.logit.is_finite());
+        let least = keep.threshold(&mut others);
+        out.clear();
+        out.extend(all.iter().filter(|c| named(c) || !finite || c.logit >= least));
+        Ok(())
     }
 
     fn kv_allocate(&self, layout: KvLayout, blocks: usize) -> Result<KvStore, Error> {

@@ -9,9 +9,12 @@ use bitnet_core::backend::{
     KvType, Norm, Scratch, Span,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
-use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};
+use bitnet_core::{
+    DType, Keep, LinearUse, Tensor, TernaryMatrix, TileOrder, TiledMatrix, WeightScale,
+};
 use bitnet_quant::packing::tile;
 use bitnet_quant::reference::ReferenceBackend;
+use bitnet_quant::screen;
 
 use crate::random::Random;
 
@@ -613,6 +616,28 @@ impl<B: Backend> Pair<'_, B> {
                 self.reference.head(&x.theirs, picks, &their_norm, &theirs, &mut out.theirs);
                 let case = format!("head {dtype} {vocabulary} x {hidden}, {} picks", picks.len());
                 self.compare(&out, picks.len(), &case);
+            }
+            let screen = screen::build(&table).expect("a screen");
+            let Some(screen) = self.backend.load_screen(&screen).expect("a screen") else {
+                continue;
+            };
+            for keep in [Keep::Largest(1), Keep::Largest(7), Keep::Within(2.0)] {
+                let ids = [0, 5, vocabulary as u32 - 1, vocabulary as u32];
+                for ids in [&[][..], &ids[..]] {
+                    let (mut found, mut expected) = (Vec::new(), Vec::new());
+                    let result = self.backend.screened_head(
+                        &x.ours, 3, &our_norm, &ours, &screen, keep, ids, &mut found,
+                    );
+                    result.expect("a device");
+                    let (x, norm) = (&x.theirs, &their_norm);
+                    self.reference
+                        .screened_head(x, 3, norm, &theirs, &(), keep, ids, &mut expected)
+                        .expect("no device to lose");
+                    // A screen may let more through, and all that it lets through is exact.
+                    let case = format!("screened head {dtype} {vocabulary} x {hidden}, {keep:?}");
+                    let missing = expected.iter().find(|c| !found.contains(c));
+                    assert_eq!(missing, None, "{case}");
+                }
             }
         }
     }

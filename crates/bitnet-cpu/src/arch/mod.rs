@@ -24,6 +24,7 @@ mod sparse;
 
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
+use bitnet_core::screen;
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
@@ -38,6 +39,10 @@ pub(crate) type Tile = [u8; tile::BYTES];
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
 type NormQuantize = unsafe fn(&[f32], &[f32], f32, &mut [f32], &mut [i8]) -> QuantizedRow;
+/// Four columns of a screen's input: high planes, then low planes.
+pub(crate) type Planes = [[i8; screen::COLS]; 2];
+
+type ScreenSums = unsafe fn(&[[u8; screen::TILE]], &[Planes]) -> [[i32; screen::ROWS]; 2];
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
 
 /// Asks for a line of memory that is soon read or written. The address need not be a valid one.
@@ -64,6 +69,7 @@ pub(crate) struct Kernels {
     /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.
     pub(crate) name: &'static str,
     ternary_int8: TernaryInt8,
+    screen_sums: ScreenSums,
     ternary_f32: TernaryF32,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     quantize_row: unsafe fn(&[f32], &mut [i8]) -> QuantizedRow,
@@ -118,6 +124,21 @@ impl Kernels {
         // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that the
         // kernels read, as just checked.
         unsafe { (self.ternary_int8)(tiles, q, stride, acc) }
+    }
+
+    /// [`bitnet_quant::screen::sums`] of a band.
+    ///
+    /// # Panics
+    /// If there are not as many planes as tiles.
+    pub(crate) fn screen_sums(
+        &self,
+        tiles: &[[u8; screen::TILE]],
+        planes: &[Planes],
+    ) -> [[i32; screen::ROWS]; 2] {
+        assert_eq!(tiles.len(), planes.len());
+        // SAFETY: the CPU has the instructions (see `Kernels`); the functions read one element of
+        // `planes` for each of `tiles`.
+        unsafe { (self.screen_sums)(tiles, planes) }
     }
 
     /// `sums[t][r] = sum over k of weight(r, k) * x[t * stride + k]` in four accumulators by
@@ -203,6 +224,7 @@ macro_rules! instantiate {
         name: $name:expr,
         ternary_int8: $ternary_int8:path,
         sparse: $sparse:path,
+        screen_sums: $screen_sums:path,
         decode_f16: $decode_f16:path,
         lanes: $lanes:ty,
         $(#[$features:meta])?
@@ -293,6 +315,7 @@ macro_rules! instantiate {
         pub(super) static KERNELS: Kernels = Kernels {
             name: $name,
             ternary_int8: $ternary_int8,
+            screen_sums: $screen_sums,
             ternary_f32,
             rms_norm,
             quantize_row,
@@ -319,11 +342,11 @@ use instantiate;
 mod parts {
     pub(super) use super::attention::{self, Attention, Lanes, Room};
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Tile, generic, instantiate, prefetch, sparse, tile,
+        BandScale, HeadRow, Kernels, Planes, Tile, generic, instantiate, prefetch, sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;
-    pub(super) use bitnet_core::{DType, numerics};
+    pub(super) use bitnet_core::{DType, numerics, screen};
     pub(super) use bitnet_quant::activation::{self, QuantizedRow};
 }
 
@@ -398,6 +421,31 @@ mod tests {
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
                 });
             }
+        }
+    }
+
+    #[test]
+    fn sums_of_screens_hold_at_their_fullest_and_are_exact() {
+        let mut random = bitnet_testing::Random::new(3);
+        each_kernel(|kernels| {
+            for (code, q) in [(255u8, -64i8), (255, 63), (0, -64), (1, 1)] {
+                for count in [1, 2, 3, 7, 64, 16_384] {
+                    let sums =
+                        kernels.screen_sums(&vec![[code; 64]; count], &vec![[[q; 4]; 2]; count]);
+                    let all = i32::from(code) * i32::from(q) * 4 * count as i32;
+                    assert_eq!(sums, [[all; 16]; 2], "{} {count}", kernels.name);
+                }
+            }
+        });
+        for count in [1, 2, 5, 8, 31] {
+            let tiles: Vec<[u8; 64]> =
+                (0..count).map(|_| std::array::from_fn(|_| random.bits() as u8)).collect();
+            let mut plane = || std::array::from_fn(|_| random.below(128) as i8 - 64);
+            let planes: Vec<Planes> = (0..count).map(|_| [plane(), plane()]).collect();
+            let expected = bitnet_quant::screen::sums(&tiles, &planes);
+            each_kernel(|kernels| {
+                assert_eq!(kernels.screen_sums(&tiles, &planes), expected, "{}", kernels.name);
+            });
         }
     }
 

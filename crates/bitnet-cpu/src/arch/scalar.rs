@@ -32,6 +32,7 @@ instantiate! {
     name: "scalar",
     ternary_int8: ternary_int8,
     sparse: sparse::generic::TABLE,
+    screen_sums: bitnet_quant::screen::sums,
     decode_f16: decode_f16,
     lanes: Sixteen,
 }
@@ -124,6 +125,7 @@ mod fused {
         name: "scalar",
         ternary_int8: ternary_int8,
         sparse: sparse::generic::TABLE,
+        screen_sums: bitnet_quant::screen::sums,
         decode_f16: decode_f16,
         lanes: Sixteen,
         #[target_feature(enable = "fma")]

@@ -4,6 +4,7 @@ mod attention;
 mod ffn;
 mod linears;
 mod rows;
+mod screen;
 mod table;
 
 pub(crate) use ffn::Ffn;
@@ -43,6 +44,8 @@ struct Scratch {
     group_sums: Vec<i32>,
     /// Partial results of attention.
     partials: Vec<f32>,
+    /// What the screen of a head needs.
+    screen: screen::Scratch,
     /// What each thread needs for itself.
     threads: Vec<Mutex<ThreadScratch>>,
 }
@@ -83,6 +86,8 @@ pub(crate) struct Counts {
     up_rows_skipped: AtomicU64,
     down_columns: AtomicU64,
     down_columns_skipped: AtomicU64,
+    head_rows: AtomicU64,
+    head_rows_rescored: AtomicU64,
 }
 
 impl Counts {
@@ -93,7 +98,8 @@ impl Counts {
             up_rows_skipped: read(&self.up_rows_skipped),
             down_columns: read(&self.down_columns),
             down_columns_skipped: read(&self.down_columns_skipped),
-            ..ShortcutCounts::default()
+            head_rows: read(&self.head_rows),
+            head_rows_rescored: read(&self.head_rows_rescored),
         }
     }
 }

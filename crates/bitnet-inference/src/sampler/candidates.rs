@@ -2,30 +2,21 @@
 
 use std::ops::Range;
 
+use bitnet_core::Candidate;
+
 use super::SampleError;
 
-/// A token and its logit.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Candidate {
-    /// Token id.
-    pub id: u32,
-    /// Logit, perhaps changed by filters.
-    pub logit: f32,
+/// Ascending ranks are the one order of candidates: logit descending, then id ascending. Not
+/// for NaN. An integer sorts several times faster than two comparisons do.
+fn rank(candidate: &Candidate) -> u64 {
+    u64::from(descending(candidate)) << 32 | u64::from(candidate.id)
 }
 
-impl Candidate {
-    /// Ascending ranks are the one order of candidates: logit descending, then id ascending. Not
-    /// for NaN. An integer sorts several times faster than two comparisons do.
-    fn rank(&self) -> u64 {
-        u64::from(self.descending()) << 32 | u64::from(self.id)
-    }
-
-    /// The logit as an integer that falls as it rises.
-    fn descending(&self) -> u32 {
-        // The sum turns -0 into +0, so that the two tie.
-        let bits = (self.logit + 0.0).to_bits();
-        if bits >> 31 == 0 { 0x7fff_ffff - bits } else { bits }
-    }
+/// The logit as an integer that falls as it rises.
+fn descending(candidate: &Candidate) -> u32 {
+    // The sum turns -0 into +0, so that the two tie.
+    let bits = (candidate.logit + 0.0).to_bits();
+    if bits >> 31 == 0 { 0x7fff_ffff - bits } else { bits }
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
@@ -151,7 +142,7 @@ impl Candidates {
     pub(super) fn best(&self) -> Result<Candidate, SampleError> {
         let first = match self.order {
             Order::Ranked => self.entries.first(),
-            Order::Vocabulary | Order::Unknown => self.entries.iter().min_by_key(|c| c.rank()),
+            Order::Vocabulary | Order::Unknown => self.entries.iter().min_by_key(|c| rank(c)),
         };
         match first {
             Some(candidate) if candidate.logit != f32::NEG_INFINITY => Ok(*candidate),
@@ -163,18 +154,18 @@ impl Candidates {
     pub(super) fn first(&mut self, count: usize) -> &[Candidate] {
         let count = count.min(self.entries.len());
         if count < self.entries.len() {
-            self.entries.select_nth_unstable_by_key(count, Candidate::rank);
+            self.entries.select_nth_unstable_by_key(count, rank);
         }
         self.weights.clear();
         self.order = Order::Unknown;
-        self.entries[..count].sort_unstable_by_key(Candidate::rank);
+        self.entries[..count].sort_unstable_by_key(rank);
         &self.entries[..count]
     }
 
     /// Keeps the `k` largest logits and all that equal the `k`-th.
     pub(super) fn keep_largest(&mut self, k: usize) {
         if k < self.entries.len() {
-            let (_, kth, _) = self.entries.select_nth_unstable_by_key(k - 1, Candidate::rank);
+            let (_, kth, _) = self.entries.select_nth_unstable_by_key(k - 1, rank);
             let least = kth.logit;
             self.entries.retain(|c| c.logit >= least);
             self.weights.clear();
@@ -218,7 +209,7 @@ impl Candidates {
             // The ids ascend already, so a stable sort by logit is all it takes.
             sort_by_logit(&mut self.entries, &mut self.spare);
         } else {
-            self.entries.sort_unstable_by_key(Candidate::rank);
+            self.entries.sort_unstable_by_key(rank);
         }
         self.order = Order::Ranked;
     }
@@ -341,7 +332,7 @@ fn sort_by_logit(entries: &mut Vec<Candidate>, spare: &mut Vec<Candidate>) {
     const BUCKETS: usize = 1 << BITS;
     const PASSES: usize = u32::BITS.div_ceil(BITS) as usize;
     let bucket = |candidate: &Candidate, pass: usize| {
-        (candidate.descending() >> (pass as u32 * BITS)) as usize % BUCKETS
+        (descending(candidate) >> (pass as u32 * BITS)) as usize % BUCKETS
     };
     let mut places = [[0usize; BUCKETS]; PASSES];
     for candidate in entries.iter() {
@@ -386,7 +377,7 @@ mod tests {
             (9, f32::NEG_INFINITY),
         ];
         let ranks: Vec<u64> =
-            ordered.iter().map(|&(id, logit)| Candidate { id, logit }.rank()).collect();
+            ordered.iter().map(|&(id, logit)| rank(&Candidate { id, logit })).collect();
         assert!(ranks.is_sorted_by(|a, b| a < b), "{ranks:x?}");
     }
 
@@ -405,7 +396,7 @@ mod tests {
         let mut candidates = Candidates::default();
         candidates.set_logits(&logits).unwrap();
         let mut expected = candidates.entries.clone();
-        expected.sort_unstable_by_key(Candidate::rank);
+        expected.sort_unstable_by_key(rank);
         candidates.sort();
         assert_eq!(candidates.entries, expected);
     }

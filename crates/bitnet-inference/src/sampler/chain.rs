@@ -28,6 +28,15 @@ impl<'a> History<'a> {
     fn output(&self, last_n: Option<usize>) -> &'a [u32] {
         last(&self.tokens[self.tokens.len() - self.output_tokens..], last_n)
     }
+
+    /// Tokens that would complete a sequence of `n` tokens once more.
+    fn repeats(&self, n: usize) -> impl Iterator<Item = u32> + use<'a> {
+        let tokens = self.tokens;
+        let current = &tokens[tokens.len().saturating_sub(n - 1)..];
+        // Of a history that is too short for one, there are no windows.
+        let repeats = tokens.windows(n).filter(move |ngram| ngram.starts_with(current));
+        repeats.map(move |ngram| ngram[n - 1])
+    }
 }
 
 fn last(tokens: &[u32], n: Option<usize>) -> &[u32] {
@@ -146,6 +155,21 @@ impl Filter {
         }
     }
 
+    /// Adds the tokens whose logits an [adjustment](Filter::is_adjustment) may change.
+    fn touched(&self, history: History<'_>, touched: &mut Vec<u32>) {
+        match *self {
+            Filter::LogitBias(ref biases) => touched.extend(biases.iter().map(|(id, _)| id)),
+            Filter::RepetitionPenalty { last_n, .. } => {
+                touched.extend_from_slice(history.all(last_n));
+            }
+            Filter::PresenceFrequency { last_n, .. } => {
+                touched.extend_from_slice(history.output(last_n));
+            }
+            Filter::NoRepeatNgram(n) => touched.extend(history.repeats(n)),
+            _ => {}
+        }
+    }
+
     fn apply(
         &self,
         candidates: &mut Candidates,
@@ -167,13 +191,8 @@ impl Filter {
                 })?;
             }
             Filter::NoRepeatNgram(n) => {
-                let tokens = history.all(None);
-                if tokens.len() >= n {
-                    let current = &tokens[tokens.len() - (n - 1)..];
-                    let repeats = tokens.windows(n).filter(|ngram| ngram.starts_with(current));
-                    let banned = repeats.map(|ngram| (ngram[n - 1], ()));
-                    candidates.map_tokens(banned, |_, ()| f32::NEG_INFINITY)?;
-                }
+                let banned = history.repeats(n).map(|id| (id, ()));
+                candidates.map_tokens(banned, |_, ()| f32::NEG_INFINITY)?;
             }
             Filter::Temperature(temperature) => candidates.map(|logit| logit / temperature)?,
             Filter::TopK(k) => candidates.keep_largest(k),
@@ -257,6 +276,19 @@ impl Chain {
     ) -> Result<Distribution<'a>, SampleError> {
         self.run(candidates, history)?;
         candidates.distribution()
+    }
+
+    /// Collects the tokens that the adjustments at the beginning of the chain touch, ascending, each
+    /// once, and returns the filters after them.
+    pub(super) fn touched(&self, history: History<'_>, touched: &mut Vec<u32>) -> &[Filter] {
+        let adjustments = self.filters.iter().take_while(|filter| filter.is_adjustment()).count();
+        touched.clear();
+        for filter in &self.filters[..adjustments] {
+            filter.touched(history, touched);
+        }
+        touched.sort_unstable();
+        touched.dedup();
+        &self.filters[adjustments..]
     }
 
     /// Applies the filters.
