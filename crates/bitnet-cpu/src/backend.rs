@@ -3,6 +3,7 @@
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, Norm, Span,
 };
+use bitnet_core::machine::physical_cores;
 use bitnet_core::{DType, Error, LinearUse, Shortcuts, Tensor, TernaryMatrix, TiledMatrix, budget};
 use bitnet_quant::packing::tile;
 
@@ -43,7 +44,8 @@ impl CpuBackend {
     /// If this CPU does not have the instruction set asked for, or the threads cannot be had.
     pub fn new(options: CpuOptions) -> Result<Self, Error> {
         let kernels = Isa::kernels(options.isa)?;
-        let threads = options.threads.unwrap_or_else(default_threads);
+        // Two threads on one core only get in each other's way.
+        let threads = options.threads.unwrap_or_else(physical_cores);
         if !(1..=MOST_THREADS).contains(&threads) {
             return Err(unavailable(format!(
                 "{threads} threads were asked for: choose 1 to {MOST_THREADS}"
@@ -58,13 +60,6 @@ impl CpuBackend {
     pub fn threads(&self) -> usize {
         self.compute.pool.threads()
     }
-}
-
-/// Physical cores that this process may use: two threads on one core only get in each other's way.
-fn default_threads() -> usize {
-    // What the scheduler and the container allow, counting logical CPUs.
-    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-    sysinfo::System::physical_core_count().map_or(allowed, |cores| cores.clamp(1, allowed))
 }
 
 /// The product of `extents`, if that many elements of `bytes` each can be had.

@@ -14,6 +14,7 @@
 mod arch;
 mod backend;
 mod buffer;
+pub mod ceilings;
 mod dispatch;
 mod kv;
 mod linear;
