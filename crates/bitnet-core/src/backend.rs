@@ -48,6 +48,17 @@ pub enum KvType {
     Int8,
 }
 
+impl KvType {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            KvType::F32 => "f32",
+            KvType::F16 => "f16",
+            KvType::Int8 => "int8",
+        }
+    }
+}
+
 /// Extents of a KV store.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct KvLayout {

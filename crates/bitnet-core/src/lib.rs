@@ -9,6 +9,7 @@ pub mod budget;
 pub mod device;
 pub mod dtype;
 pub mod error;
+pub mod machine;
 pub mod mmap;
 pub mod numerics;
 pub mod screen;

@@ -4,6 +4,7 @@ use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, GatedFfn, KvLayout, Norm, Scratch,
     Span, gated_ffn_by_parts,
 };
+use bitnet_core::machine::physical_cores;
 use bitnet_core::{
     Candidate, DType, Error, Keep, LinearUse, Screen, ShortcutCounts, Shortcuts, Tensor,
     TernaryMatrix, TiledMatrix, budget,
@@ -49,7 +50,8 @@ impl CpuBackend {
     /// If this CPU does not have the instruction set asked for, or the threads cannot be had.
     pub fn new(options: CpuOptions) -> Result<Self, Error> {
         let kernels = Isa::kernels(options.isa)?;
-        let threads = options.threads.unwrap_or_else(default_threads);
+        // Two threads on one core only get in each other's way.
+        let threads = options.threads.unwrap_or_else(physical_cores);
         if !(1..=MOST_THREADS).contains(&threads) {
             return Err(unavailable(format!(
                 "{threads} threads were asked for: choose 1 to {MOST_THREADS}"
@@ -67,13 +69,6 @@ impl CpuBackend {
     pub fn threads(&self) -> usize {
         self.compute.pool.threads()
     }
-}
-
-/// Physical cores that this process may use: two threads on one core only get in each other's way.
-fn default_threads() -> usize {
-    // What the scheduler and the container allow, counting logical CPUs.
-    let allowed = std::thread::available_parallelism().map_or(1, usize::from);
-    sysinfo::System::physical_core_count().map_or(allowed, |cores| cores.clamp(1, allowed))
 }
 
 /// The product of `extents`, if that many elements of `bytes` each can be had.

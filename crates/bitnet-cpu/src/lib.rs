@@ -15,6 +15,7 @@ mod affinity;
 mod arch;
 mod backend;
 mod buffer;
+pub mod ceilings;
 mod dispatch;
 mod kv;
 mod linear;

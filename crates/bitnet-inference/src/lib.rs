@@ -1,6 +1,7 @@
 //! The inference engine: a model on a device, sequences, sampling, text as it is generated.
 #![forbid(unsafe_code)]
 
+pub mod bench;
 pub mod error;
 pub mod generate;
 pub mod model;

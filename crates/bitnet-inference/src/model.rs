@@ -40,6 +40,30 @@ pub fn device_reason(device: Device) -> Option<String> {
     }
 }
 
+/// The backend that the options ask for.
+pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
+    let device = options.device.unwrap_or(Device::Cpu);
+    if let Some(reason) = device_reason(device) {
+        return Err(CoreError::DeviceUnavailable { device, reason }.into());
+    }
+    let isa = match options.isa {
+        Some(isa) => Some(isa),
+        None => Isa::from_env()?,
+    };
+    let shortcuts = match options.shortcuts {
+        Some(shortcuts) => shortcuts,
+        None => Shortcuts::from_env()
+            .map_err(|error| CoreError::DeviceUnavailable { device, reason: error.to_string() })?,
+    };
+    Ok(CpuBackend::new(CpuOptions {
+        threads: options.threads,
+        isa,
+        pinned: options.pinned,
+        shortcuts,
+        copies: options.copies,
+    })?)
+}
+
 /// A loaded model. Cheap to share: sessions keep the weights alive.
 pub struct Model {
     description: Description,
@@ -50,28 +74,7 @@ impl Model {
     /// Loads a model: `tiny`, a directory or a file.
     pub fn open(model: &str, options: &ModelOptions) -> Result<Self, Error> {
         let checkpoint = source::open(model)?;
-        let device = options.device.unwrap_or(Device::Cpu);
-        if let Some(reason) = device_reason(device) {
-            return Err(CoreError::DeviceUnavailable { device, reason }.into());
-        }
-        let isa = match options.isa {
-            Some(isa) => Some(isa),
-            None => Isa::from_env()?,
-        };
-        let shortcuts = match options.shortcuts {
-            Some(shortcuts) => shortcuts,
-            None => Shortcuts::from_env().map_err(|error| CoreError::DeviceUnavailable {
-                device,
-                reason: error.to_string(),
-            })?,
-        };
-        let backend = CpuBackend::new(CpuOptions {
-            threads: options.threads,
-            isa,
-            pinned: options.pinned,
-            shortcuts,
-            copies: options.copies,
-        })?;
+        let backend = cpu_backend(options)?;
         let mut description = checkpoint.description;
         let decoder = weights::load(
             backend,

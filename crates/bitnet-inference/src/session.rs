@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::sampler::{Candidate, Selection};
 
 /// Tokens per KV block of a session.
-const BLOCK_TOKENS: usize = 16;
+pub(crate) const BLOCK_TOKENS: usize = 16;
 
 /// Tokens per step while a prompt is read: enough to share each weight's unpacking, small enough
 /// that the activations stay in cache.

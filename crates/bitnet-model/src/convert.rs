@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use bitnet_core::backend::ActivationPrecision;
 use bitnet_core::mmap::map_file;
 use bitnet_quant::packing::tile;
+use bitnet_quant::screen;
 use rayon::prelude::*;
 
 use crate::config::{ModelConfig, Precision, TensorNames};
@@ -88,6 +89,9 @@ fn part(
             let is_head = name == loader.names().head;
             let table = tables.head.as_ref().filter(|_| is_head).unwrap_or(&tables.embedding);
             Part::Table(table.clone())
+        }
+        (PartKind::Screen, _) => {
+            Part::Screen(screen::build(tables.head.as_ref().unwrap_or(&tables.embedding))?)
         }
         (PartKind::Norm { .. }, None) => Part::Norm(loader.final_norm()?),
         (PartKind::Norm { len, of_projection: false }, Some(layer)) => {

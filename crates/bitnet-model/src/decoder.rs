@@ -81,6 +81,8 @@ pub enum Stage {
     Embedding,
     /// The result of a layer's attention, after the output projection.
     Attention(usize),
+    /// The residual stream that a layer's feed-forward network takes in, before its norm.
+    FeedForwardInput(usize),
     /// The result of a layer's feed-forward network.
     FeedForward(usize),
     /// The residual stream after a layer.
@@ -169,6 +171,8 @@ impl<B: Backend> Decoder<B> {
             observe(Stage::Attention(index), &workspace.branch);
             self.add_branch(rows, layer.post_attention_norm.as_ref(), workspace);
 
+            observe(Stage::FeedForwardInput(index), &workspace.hidden);
+
             let Workspace { hidden, branch, scratch, .. } = workspace;
             self.backend.gated_ffn(
                 hidden,
@@ -182,6 +186,37 @@ impl<B: Backend> Decoder<B> {
             self.add_branch(rows, layer.post_ffn_norm.as_ref(), workspace);
             observe(Stage::Layer(index), &workspace.hidden);
         }
+    }
+
+    /// Share of the gates of all feed-forward networks that are zero or less in one step. Runs the
+    /// step as [`forward`](Decoder::forward) does, and computes each gate a second time.
+    pub fn closed_gates(
+        &self,
+        step: &Step<'_>,
+        kv: &mut B::Kv,
+        workspace: &mut Workspace<B>,
+    ) -> Result<f64, CoreError> {
+        let c = &self.config;
+        let rows = step.tokens.len();
+        let mut gate = self.backend.buffer(rows, c.intermediate_size)?;
+        let mut normed = self.backend.buffer(rows, c.hidden_size)?;
+        let mut values = Vec::new();
+        let (mut closed, mut all) = (0, 0);
+        let mut read = Ok(());
+        self.forward_observed(step, kv, workspace, |stage, hidden| {
+            let Stage::FeedForwardInput(index) = stage else { return };
+            let layer = &self.layers[index];
+            let norm = Some(&layer.ffn_norm);
+            let outs = &mut [&mut gate];
+            self.backend.project(hidden, rows, norm, &[&layer.ffn.gate], outs, &mut normed);
+            if read.is_ok() {
+                read = self.backend.read(&gate, rows, &mut values);
+            }
+            closed += values.iter().filter(|&&gate| gate <= 0.0).count();
+            all += values.len();
+        });
+        read?;
+        Ok(closed as f64 / all as f64)
     }
 
     /// Logits `[picks, vocabulary]` of chosen rows of the last step.
@@ -200,6 +235,12 @@ impl<B: Backend> Decoder<B> {
         let Workspace { hidden, logits: out, .. } = workspace;
         self.backend.head(hidden, picks, &self.final_norm, head, out);
         self.backend.read(out, picks.len(), logits)
+    }
+
+    /// Whether there is a screen of the output head, so that
+    /// [`candidates`](Decoder::candidates) serves.
+    pub fn has_screen(&self) -> bool {
+        self.screen.is_some()
     }
 
     /// The logits of one row of the last step that can matter (see

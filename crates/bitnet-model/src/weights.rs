@@ -8,7 +8,9 @@ use std::path::Path;
 use std::sync::Mutex;
 
 use bitnet_core::backend::{Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
-use bitnet_core::{DType, LinearUse, Tensor, TernaryMatrix, TiledMatrix, WeightScale, budget};
+use bitnet_core::{
+    DType, LinearUse, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale, budget,
+};
 use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout, tile};
 use bitnet_quant::{screen, ternary};
 use rayon::prelude::*;
@@ -66,13 +68,16 @@ pub fn load<B: Backend>(
     });
     // The first layer's error is the one that is told, whichever thread was first.
     let layers = layers.into_iter().collect::<Result<Vec<_>, _>>()?;
+    let stored_screen = loader.screen(embedding.rows())?;
     loader.refuse_unknown()?;
     let inverse_frequencies =
         config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
-    let screen = if backend.wants_screen() && config.pooling.is_none() {
-        backend.load_screen(&screen::build(head.as_ref().unwrap_or(&embedding))?)?
-    } else {
-        None
+    let screen = match stored_screen {
+        Some(screen) => backend.load_screen(&screen)?,
+        None if backend.wants_screen() && config.pooling.is_none() => {
+            backend.load_screen(&screen::build(head.as_ref().unwrap_or(&embedding))?)?
+        }
+        None => None,
     };
     Ok(Decoder {
         vocab_size: embedding.rows(),
@@ -209,6 +214,9 @@ fn norms(c: &ModelConfig) -> [Option<(&'static str, usize)>; 8] {
     ]
 }
 
+/// What a native file calls the screen of the output head. No other file has one.
+const SCREEN: &str = "screen";
+
 /// A part of a decoder that a file holds.
 #[derive(Debug, Clone, Copy)]
 pub struct PartPlace {
@@ -241,6 +249,8 @@ pub enum PartKind {
         /// How it is used.
         usage: LinearUse,
     },
+    /// The screen of the output head.
+    Screen,
 }
 
 impl PartPlace {
@@ -258,7 +268,8 @@ impl PartPlace {
 }
 
 /// Every part of a decoder, in an order that depends on the description's shape and not on its
-/// names. The head is among them unless [`ModelConfig::tied`] is true.
+/// names. The head is among them unless [`ModelConfig::tied`] is true; its screen is, unless the
+/// model makes embeddings.
 pub fn part_places(config: &ModelConfig) -> Vec<PartPlace> {
     let n = &config.names;
     let top = |name, kind| PartPlace { layer: None, name, kind };
@@ -266,6 +277,9 @@ pub fn part_places(config: &ModelConfig) -> Vec<PartPlace> {
     let mut places = vec![top(n.embedding, PartKind::Table)];
     if config.tied != Some(true) {
         places.push(top(n.head, PartKind::Table));
+    }
+    if config.pooling.is_none() {
+        places.push(top(SCREEN, PartKind::Screen));
     }
     places.push(top(n.final_norm, norm(config.hidden_size, false)));
     for layer in 0..config.layers.len() {
@@ -306,6 +320,16 @@ impl<'a> Loader<'a> {
     /// Whether the weights were laid out and checked when their file was written.
     fn is_tiled(&self) -> bool {
         self.config.weights == WeightRule::Tiled
+    }
+
+    /// The screen that a native file brings along for its head of so many rows.
+    fn screen(&self, rows: usize) -> Result<Option<Screen>, Error> {
+        if !self.is_tiled() {
+            return Ok(None);
+        }
+        let Some(tensor) = self.find(SCREEN)? else { return Ok(None) };
+        let screen = Screen::new(rows, self.config.hidden_size, tensor.data().clone());
+        screen.map(Some).map_err(|error| self.error(SCREEN, error))
     }
 
     /// What the checkpoint calls its tensors.

@@ -1,5 +1,6 @@
 //! The commands, one file each: from what was typed to what is printed.
 
+mod bench;
 mod convert;
 mod detokenize;
 mod devices;
@@ -52,6 +53,7 @@ pub fn run(command: Command, messages: &Messages) -> Result<()> {
         Command::Info(args) => info::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
+        Command::Bench(args) => bench::run(args, messages),
     }
 }
 

@@ -16,6 +16,7 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+pub(crate) mod ceilings;
 mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;

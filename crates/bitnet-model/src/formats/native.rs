@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::backend::{Activation, ActivationPrecision};
 use bitnet_core::mmap::map_file;
-use bitnet_core::{DType, Tensor, TileOrder, TiledMatrix, WeightScale};
+use bitnet_core::{DType, Screen, Tensor, TileOrder, TiledMatrix, WeightScale};
 use bytes::Bytes;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -444,6 +444,8 @@ pub enum Part {
     Norm(Vec<f32>),
     /// A matrix from [`tile::tiled`](bitnet_quant::packing::tile::tiled).
     Matrix(TiledMatrix),
+    /// The screen of the output head.
+    Screen(Screen),
 }
 
 /// Everything about a model but its weights, for [`write()`].
@@ -504,9 +506,12 @@ pub fn write(
                 writer.tensor(&format!("{name}.weight"), &tensor)?;
             }
             Part::Matrix(matrix) => writer.matrix(&name, &matrix)?,
+            Part::Screen(screen) => {
+                let bytes = screen.data().clone();
+                writer.tensor(&name, &Tensor::new(DType::U8, vec![bytes.len()], bytes)?)?;
+            }
         }
     }
-    // A screen of the output head is one more tensor here.
     let [Some(embedding), head] = tables else {
         return Err(Error::file(path, "cannot be written: there is no embedding"));
     };

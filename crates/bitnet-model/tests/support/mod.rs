@@ -66,6 +66,7 @@ pub fn check_hidden<B: Backend>(
         let tensor = match stage {
             Stage::Embedding => "hidden.embed".to_owned(),
             Stage::Attention(layer) => format!("attn_out.layer.{layer}"),
+            Stage::FeedForwardInput(_) => return,
             Stage::FeedForward(layer) => format!("mlp_out.layer.{layer}"),
             Stage::Layer(layer) => format!("hidden.layer.{layer}"),
         };
