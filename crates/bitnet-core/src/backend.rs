@@ -42,7 +42,7 @@ pub enum ActivationPrecision {
 pub enum KvType {
     /// Exact: what the reference computes with.
     F32,
-    /// Rounded once on writing.
+    /// Rounded once on writing; what would become infinite becomes the largest finite number.
     F16,
     /// Rounded once on writing, with one f32 scale per token and head.
     Int8,

@@ -6,8 +6,9 @@
 //! causal mask leaves. The first lines are what this CPU can do at best: reading with plain loads,
 //! and fused multiply-adds on registers.
 //!
-//! `cargo run --release -p bitnet-cpu --example attention_speed [SECONDS PER FIGURE]`
-//! `BITNET_ISA` narrows the instruction sets to one.
+//! `cargo run --release -p bitnet-cpu --example attention_speed [SECONDS PER FIGURE [CASE]]`
+//! `CASE` is a part of `THREADS/TYPE/STEP/CONTEXT`, for instance `1/f16/1/4000`; `BITNET_ISA`
+//! narrows the instruction sets to one.
 
 use std::time::Instant;
 
@@ -35,6 +36,7 @@ fn main() -> Result<(), Error> {
         "{:>8} {:>8} {:>6} {:>8} {:>8} {:>11} {:>10} {:>8} {:>8}",
         "isa", "threads", "kv", "step", "context", "us/layer", "write us", "GB/s", "GFLOP/s"
     );
+    let only: Option<String> = std::env::args().nth(2);
     for isa in isas {
         for threads in [1, 2] {
             let options =
@@ -51,6 +53,10 @@ fn main() -> Result<(), Error> {
                     (128, 2048),
                     (2048, 2048),
                 ] {
+                    let name = format!("{threads}/{kv_type:?}/{rows}/{context}").to_lowercase();
+                    if only.as_ref().is_some_and(|only| !name.contains(only)) {
+                        continue;
+                    }
                     let case = Case::new(&backend, kv_type, rows, context)?;
                     let figures = case.measure(seconds)?;
                     println!(

@@ -22,8 +22,8 @@ const SMALL: usize = 300_000;
 /// Numbers to be stored below which it does.
 const SMALL_WRITE: usize = 16_384;
 
-/// Stores the values of one head of a token: block, token within the block, side and values.
-type WriteToken<'a> = dyn FnMut(usize, usize, Side, &[f32]) + 'a;
+/// Takes one token of one head: its block, its place there, and its key or value.
+type Write<'a> = &'a mut dyn FnMut(usize, usize, Side, &[f32]);
 
 impl Compute {
     pub(crate) fn kv_write(
@@ -40,8 +40,7 @@ impl Compute {
         if tokens == 0 {
             return;
         }
-        // Calls `write` with block, place in the block and values of each token of one head.
-        let each = |index: usize, write: &mut WriteToken<'_>| {
+        let each = |index: usize, write: Write<'_>| {
             let (side, x) = if index < kv_heads { (Side::Key, k) } else { (Side::Value, v) };
             let columns = index % kv_heads * head_size..(index % kv_heads + 1) * head_size;
             for span in spans {
