@@ -12,7 +12,7 @@
 //! (`2 * 255 * 64 = 32 640`).
 
 use bitnet_core::screen::{COLS, ROWS, Screen, ScreenBand, TILE};
-use bitnet_core::{Error, Tensor, numerics};
+use bitnet_core::{Error, Tensor, mmap, numerics};
 use bytes::Bytes;
 use rayon::prelude::*;
 
@@ -36,26 +36,25 @@ pub fn build(table: &Tensor) -> Result<Screen, Error> {
         return Screen::new(rows, cols, Bytes::new());
     };
     let band = len / rows.div_ceil(ROWS);
-    // Starting on a cache line.
-    let mut bytes = vec![0; len + TILE];
-    let start = bytes.as_ptr().align_offset(TILE);
-    bytes[start..start + len].par_chunks_exact_mut(band).enumerate().for_each_init(
-        || vec![0.0; cols],
-        |values, (index, band)| {
-            let first = index * ROWS;
-            let (codes, numbers) = band.split_at_mut(band.len() - 3 * ROWS * 4);
-            codes.fill(128);
-            for row in 0..ROWS.min(rows - first) {
-                decode_row(table.dtype(), table.row(first + row), values);
-                let (scale, error, norm) = quantize(values, row, codes.as_chunks_mut().0);
-                for (place, number) in [scale, error, norm].into_iter().enumerate() {
-                    let at = 4 * (place * ROWS + row);
-                    numbers[at..at + 4].copy_from_slice(&number.to_le_bytes());
+    let fill = |bytes: &mut [u8]| {
+        bytes.par_chunks_exact_mut(band).enumerate().for_each_init(
+            || vec![0.0; cols],
+            |values, (index, band)| {
+                let first = index * ROWS;
+                let (codes, numbers) = band.split_at_mut(band.len() - 3 * ROWS * 4);
+                codes.fill(128);
+                for row in 0..ROWS.min(rows - first) {
+                    decode_row(table.dtype(), table.row(first + row), values);
+                    let (scale, error, norm) = quantize(values, row, codes.as_chunks_mut().0);
+                    for (place, number) in [scale, error, norm].into_iter().enumerate() {
+                        let at = 4 * (place * ROWS + row);
+                        numbers[at..at + 4].copy_from_slice(&number.to_le_bytes());
+                    }
                 }
-            }
-        },
-    );
-    Screen::new(rows, cols, Bytes::from(bytes).slice(start..start + len))
+            },
+        )
+    };
+    Screen::new(rows, cols, mmap::filled(len, fill)?)
 }
 
 /// Writes the codes of one row and returns scale, norm of the error and norm.

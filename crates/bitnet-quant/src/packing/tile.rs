@@ -37,8 +37,9 @@
 //! with `p = r % 256 / 64`.
 
 use bitnet_core::backend::ActivationPrecision;
-use bitnet_core::{DType, Error, LinearUse, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};
-use bytes::Bytes;
+use bitnet_core::{
+    DType, Error, LinearUse, TernaryMatrix, TileOrder, TiledMatrix, WeightScale, mmap,
+};
 
 /// Rows of a tile: the height of a band.
 pub const ROWS: usize = 16;
@@ -154,22 +155,14 @@ pub fn tiled(
         reason: "its size overflows".to_owned(),
     };
     let len = byte_len(rows, cols).ok_or_else(overflow)?;
-    let tiles = aligned(len, |out| pack(matrix, order, out));
+    let tiles = mmap::filled(len, |out| pack(matrix, order, out))?;
     let columns = if copies && exact && usage == LinearUse::SparseInputs {
         let len = column_bytes(rows).checked_mul(cols).ok_or_else(overflow)?;
-        Some(aligned(len, |out| pack_columns(matrix, out)))
+        Some(mmap::filled(len, |out| pack_columns(matrix, out))?)
     } else {
         None
     };
     TiledMatrix::new(rows, cols, matrix.scale().clone(), order, tiles, columns)
-}
-
-/// `len` bytes that start on a cache line.
-fn aligned(len: usize, fill: impl FnOnce(&mut [u8])) -> Bytes {
-    let mut bytes = vec![0; len + LINE];
-    let start = bytes.as_ptr().align_offset(LINE);
-    fill(&mut bytes[start..start + len]);
-    Bytes::from(bytes).slice(start..start + len)
 }
 
 /// The neutral form of a matrix in tiles.
@@ -196,7 +189,7 @@ pub fn untiled(matrix: &TiledMatrix) -> Result<TernaryMatrix, Error> {
 /// If one of them has not.
 pub fn check_len(matrix: &TiledMatrix) -> Result<(), Error> {
     let (rows, cols) = (matrix.rows(), matrix.cols());
-    let check = |bytes: &Bytes, expected: Option<usize>| {
+    let check = |bytes: &[u8], expected: Option<usize>| {
         let expected = expected.unwrap_or(usize::MAX);
         if bytes.len() == expected {
             return Ok(());
@@ -220,6 +213,8 @@ pub fn tile_code(tile: &[u8; BYTES], row: usize, col: usize) -> u8 {
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+
     use super::*;
 
     fn matrix(rows: usize, cols: usize) -> TernaryMatrix {
@@ -232,7 +227,9 @@ mod tests {
     }
 
     fn bytes(matrix: &TernaryMatrix, order: TileOrder) -> Bytes {
-        aligned(byte_len(matrix.rows(), matrix.cols()).unwrap(), |out| pack(matrix, order, out))
+        let mut bytes = vec![0; byte_len(matrix.rows(), matrix.cols()).unwrap()];
+        pack(matrix, order, &mut bytes);
+        bytes.into()
     }
 
     #[test]
@@ -303,7 +300,8 @@ mod tests {
         })
         .unwrap();
         assert_eq!(column_bytes(500), 128);
-        let columns = aligned(6 * 128, |out| pack_columns(&m, out));
+        let mut columns = vec![0; 6 * 128];
+        pack_columns(&m, &mut columns);
         assert_eq!(columns[5 * 128 + 64 + 22], 0b1000_0000);
         assert_eq!(columns[4 * 128 + 64 + 22], 0);
         assert_eq!(columns[5 * 128 + 127], 0b0100_0000, "rows past the last are weight 0");
