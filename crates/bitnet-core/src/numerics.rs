@@ -47,7 +47,12 @@ fn reduce(
     for (x, y) in x.iter().zip(y) {
         // A new array each time: with a loop over the old one the compiler leaves the lanes in
         // memory, which made the dot products of AVX2 seven times slower.
-        lanes = std::array::from_fn(|lane| step(lanes[lane], x[lane], y[lane]));
+        // Filled by a loop: `array::from_fn` is not always inlined into large kernels.
+        let mut next = [start; LANES];
+        for lane in 0..LANES {
+            next[lane] = step(lanes[lane], x[lane], y[lane]);
+        }
+        lanes = next;
     }
     for (lane, (x, y)) in lanes.iter_mut().zip(x_rest.iter().zip(y_rest)) {
         *lane = step(*lane, *x, *y);
