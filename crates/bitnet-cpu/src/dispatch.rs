@@ -16,7 +16,8 @@ pub enum Isa {
     Avx2,
     /// AVX-512 F, BW, VL and VNNI: Intel since Ice Lake, AMD since Zen 4.
     Avx512,
-    /// NEON, with the dot-product instructions where the CPU has them: 64-bit Arm.
+    /// NEON, with the dot-product and the matrix-multiplication instructions where the CPU has them:
+    /// 64-bit Arm.
     Neon,
 }
 

@@ -17,6 +17,7 @@ mod avx512;
 mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod passes;
 mod scalar;
 
 use std::ops::Range;
@@ -307,7 +308,7 @@ use instantiate;
 /// What [`instantiate`] names, for the files that use it.
 mod parts {
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Query, Tile, generic, instantiate, prefetch, tile,
+        BandScale, HeadRow, Kernels, Query, Tile, generic, instantiate, passes, tile,
     };
     pub(super) use std::ops::Range;
 
@@ -320,13 +321,23 @@ mod parts {
 mod tests {
     use super::*;
 
-    fn each_kernel(test: impl Fn(&Kernels)) {
-        for isa in Isa::ALL {
-            match Kernels::for_isa(isa) {
-                Some(kernels) => test(kernels),
-                None => println!("skipped: this CPU has no {isa}"),
-            }
-        }
+    /// Every table that this CPU can run, also those that a better one of the same level hides.
+    fn all_kernels() -> Vec<&'static Kernels> {
+        let levels = Isa::ALL.map(|isa| (isa.to_string(), Kernels::for_isa(isa)));
+        #[cfg(target_arch = "aarch64")]
+        let variants = neon::variants()
+            .map(|(kernels, detected)| (kernels.name.to_owned(), detected.then_some(kernels)));
+        #[cfg(not(target_arch = "aarch64"))]
+        let variants: [(String, Option<&Kernels>); 0] = [];
+        let tables = levels.into_iter().chain(variants);
+        tables
+            .filter_map(|(name, kernels)| {
+                if kernels.is_none() {
+                    println!("skipped: this CPU has no {name}");
+                }
+                kernels
+            })
+            .collect()
     }
 
     fn exact(tiles: &[Tile], q: &[i8]) -> [i32; 16] {
@@ -344,7 +355,7 @@ mod tests {
     fn narrow_sums_hold_at_their_fullest() {
         // All codes 2, all activations at an end of their range, at lengths around every widening
         // limit; and alternating signs of runs, so that a sum that wrapped is not wrapped back.
-        each_kernel(|kernels| {
+        for kernels in all_kernels() {
             for count in [1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100] {
                 let tiles = vec![[0b10_10_10_10u8; 64]; count];
                 for fill in [-128i8, 127] {
@@ -357,7 +368,7 @@ mod tests {
                     }
                 }
             }
-        });
+        }
     }
 
     #[test]
@@ -367,7 +378,8 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             state >> 16
         };
-        for count in [1, 2, 3, 16, 21, 40] {
+        let all = all_kernels();
+        for count in [1, 2, 3, 16, 21, 40, 65, 130] {
             let tiles: Vec<Tile> = (0..count)
                 .map(|_| {
                     std::array::from_fn(|_| {
@@ -377,15 +389,15 @@ mod tests {
                 })
                 .collect();
             let stride = count * 16 + 5;
-            let q: Vec<i8> = (0..stride * 20).map(|_| next() as i8).collect();
-            for tokens in 1..=19 {
+            let q: Vec<i8> = (0..stride * 25).map(|_| next() as i8).collect();
+            for tokens in 1..=24 {
                 let expected: Vec<[i32; 16]> =
                     (0..tokens).map(|t| exact(&tiles, &q[t * stride..][..count * 16])).collect();
-                each_kernel(|kernels| {
+                for kernels in &all {
                     let mut acc = vec![[0; 16]; tokens];
                     kernels.ternary_int8(&tiles, &q, stride, &mut acc);
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
-                });
+                }
             }
         }
     }
