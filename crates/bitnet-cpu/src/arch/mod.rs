@@ -14,6 +14,8 @@
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
@@ -87,6 +89,8 @@ impl Kernels {
             Isa::Scalar => Some(scalar::kernels()),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => avxvnni::kernels(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::kernels(),
             #[cfg(target_arch = "aarch64")]
@@ -327,7 +331,9 @@ mod tests {
         #[cfg(target_arch = "aarch64")]
         let variants = neon::variants()
             .map(|(kernels, detected)| (kernels.name.to_owned(), detected.then_some(kernels)));
-        #[cfg(not(target_arch = "aarch64"))]
+        #[cfg(target_arch = "x86_64")]
+        let variants = [("avx512 in place of avxvnni".to_owned(), avxvnni::stand_in())];
+        #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
         let variants: [(String, Option<&Kernels>); 0] = [];
         let tables = levels.into_iter().chain(variants);
         tables
