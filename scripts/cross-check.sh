@@ -22,7 +22,8 @@ targets
 options, of aarch64-linux only
   -p CRATE       test this crate in place of the default ones; may be given again
   --cpu MODEL    processor that qemu plays: max (default) has every extension qemu knows,
-                 cortex-a72 has NEON without the dot-product instructions
+                 neoverse-n1 lacks the matrix-multiplication instructions (i8mm),
+                 cortex-a72 has NEON without the dot-product instructions too
   --run          run the bitnet program with the arguments after --, its output alone on stdout
   -- ARGUMENT... passed to the test programs, such as the name of a test
 

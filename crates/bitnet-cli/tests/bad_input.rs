@@ -242,7 +242,7 @@ fn an_instruction_set_that_does_not_exist() {
     let output = folder.command(&["run", "x"]).env("BITNET_ISA", "mmx").output().unwrap();
     assert_eq!(output.status.code(), Some(1));
     let sentence = "error: device `cpu` is not available: BITNET_ISA: unknown instruction set \
-                    `mmx`: choose scalar, avx2, avx512 or neon\n";
+                    `mmx`: choose scalar, avx2, avxvnni, avx512 or neon\n";
     assert_eq!(String::from_utf8(output.stderr).unwrap(), sentence);
 }
 

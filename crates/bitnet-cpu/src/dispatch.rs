@@ -14,15 +14,18 @@ pub enum Isa {
     Scalar,
     /// AVX2, FMA and F16C: x86 since 2013.
     Avx2,
+    /// AVX2 with AVX-VNNI: Intel since Alder Lake.
+    AvxVnni,
     /// AVX-512 F, BW, VL and VNNI: Intel since Ice Lake, AMD since Zen 4.
     Avx512,
-    /// NEON, with the dot-product instructions where the CPU has them: 64-bit Arm.
+    /// NEON, with the dot-product and the matrix-multiplication instructions where the CPU has them:
+    /// 64-bit Arm.
     Neon,
 }
 
 impl Isa {
     /// All levels; of those for one kind of CPU, the better ones later.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Neon];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Neon];
 
     /// Name of the environment variable that forces a level.
     pub const VARIABLE: &str = "BITNET_ISA";
@@ -62,6 +65,7 @@ impl fmt::Display for Isa {
         f.write_str(match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "avx2",
+            Isa::AvxVnni => "avxvnni",
             Isa::Avx512 => "avx512",
             Isa::Neon => "neon",
         })
@@ -76,7 +80,7 @@ impl fmt::Display for UnknownIsa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
-            "unknown instruction set `{}`: choose scalar, avx2, avx512 or neon",
+            "unknown instruction set `{}`: choose scalar, avx2, avxvnni, avx512 or neon",
             self.0.escape_debug()
         )
     }

@@ -42,6 +42,11 @@ fn avx2_gives_the_bits_of_the_reference() {
 }
 
 #[test]
+fn avxvnni_gives_the_bits_of_the_reference() {
+    conforms(Isa::AvxVnni);
+}
+
+#[test]
 fn avx512_gives_the_bits_of_the_reference() {
     conforms(Isa::Avx512);
 }

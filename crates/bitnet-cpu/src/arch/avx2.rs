@@ -2,7 +2,6 @@
 
 use std::arch::asm;
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 
 use bitnet_quant::packing::blocks::f16_to_f32;
 
@@ -159,9 +158,6 @@ impl Lanes for Sixteen {
 /// never saturates.
 const TILES_PER_WIDENING: usize = 16;
 
-/// Tiles whose unpacked codes a block holds: 16 kB, which stay in the first-level cache.
-const TILES_PER_BLOCK: usize = 64;
-
 /// Tokens of one pass: their ten accumulators leave six registers for codes, activations and products.
 const TOKENS_PER_PASS: usize = 5;
 
@@ -175,13 +171,23 @@ const UNPACK_FROM: usize = 4 * TOKENS_PER_PASS;
 #[target_feature(enable = "avx2")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
     if acc.len() >= UNPACK_FROM {
-        // SAFETY: the same contract.
-        return unsafe { ternary_int8_unpacked(tiles, q.as_ptr(), stride, acc) };
+        let (q, unpack) = (q.as_ptr(), |tile: &Tile| unpack(tile));
+        passes::in_blocks(
+            tiles,
+            q,
+            stride,
+            acc,
+            TOKENS_PER_PASS,
+            unpack,
+            |tiles, q, stride, acc| {
+                // SAFETY: the elements are those of these tokens, by the contract of this function.
+                unsafe { unpacked_pass_of_few(tiles, q, stride, acc) };
+            },
+        );
+        return;
     }
     let mut start = q.as_ptr();
-    // Passes of about the same size: one of few tokens costs more for each.
-    let passes = acc.len().div_ceil(TOKENS_PER_PASS).max(1);
-    let tokens = acc.len().div_ceil(passes).max(1);
+    let tokens = passes::evenly(acc.len(), TOKENS_PER_PASS);
     for group in acc.chunks_mut(tokens) {
         // SAFETY: the elements are those of these tokens, by the contract of this function.
         unsafe {
@@ -199,50 +205,6 @@ unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32;
 
 /// A tile with a byte per code: eight registers, two halves of the rows for each plane.
 type UnpackedTile = [[__m256i; 2]; 4];
-
-/// One band against many tokens: a block of columns is unpacked once, and then multiplied with all
-/// tokens, so that the multiplication is all that is left to do.
-///
-/// # Safety
-/// As for [`ternary_int8`].
-#[target_feature(enable = "avx2")]
-unsafe fn ternary_int8_unpacked(
-    tiles: &[Tile],
-    q: *const i8,
-    stride: usize,
-    acc: &mut [[i32; tile::ROWS]],
-) {
-    let mut codes = [const { MaybeUninit::<UnpackedTile>::uninit() }; TILES_PER_BLOCK];
-    for (block, tiles) in tiles.chunks(TILES_PER_BLOCK).enumerate() {
-        for (codes, tile) in codes.iter_mut().zip(tiles) {
-            codes.write(unpack(tile));
-        }
-        // SAFETY: as many as there are tiles were written.
-        let codes = unsafe { codes[..tiles.len()].assume_init_ref() };
-        let mut start = q.wrapping_add(block * TILES_PER_BLOCK * tile::COLS);
-        // Blocks and bands follow each other in memory. A block is as long as a page, at whose end
-        // the prefetcher of the CPU stops.
-        let mut next = tiles.as_ptr().wrapping_add(TILES_PER_BLOCK);
-        let ahead = TILES_PER_BLOCK.div_ceil(acc.len().div_ceil(TOKENS_PER_PASS));
-        for group in acc.chunks_mut(TOKENS_PER_PASS) {
-            for _ in 0..ahead {
-                prefetch(next);
-                next = next.wrapping_add(1);
-            }
-            // SAFETY: the elements are those of these tokens and columns, by the contract.
-            unsafe {
-                match group.len() {
-                    5 => unpacked_pass::<5>(codes, start, stride, group),
-                    4 => unpacked_pass::<4>(codes, start, stride, group),
-                    3 => unpacked_pass::<3>(codes, start, stride, group),
-                    2 => unpacked_pass::<2>(codes, start, stride, group),
-                    _ => unpacked_pass::<1>(codes, start, stride, group),
-                }
-            }
-            start = start.wrapping_add(TOKENS_PER_PASS * stride);
-        }
-    }
-}
 
 #[inline]
 #[target_feature(enable = "avx2")]
@@ -277,6 +239,30 @@ fn add_in_order(mut sum: __m256i, pairs: __m256i) -> __m256i {
         );
     }
     sum
+}
+
+/// [`unpacked_pass`] with the number of tokens of `acc`, at most [`TOKENS_PER_PASS`].
+///
+/// # Safety
+/// As for [`unpacked_pass`].
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn unpacked_pass_of_few(
+    codes: &[UnpackedTile],
+    q: *const i8,
+    stride: usize,
+    acc: &mut [[i32; tile::ROWS]],
+) {
+    // SAFETY: the same contract.
+    unsafe {
+        match acc.len() {
+            5 => unpacked_pass::<5>(codes, q, stride, acc),
+            4 => unpacked_pass::<4>(codes, q, stride, acc),
+            3 => unpacked_pass::<3>(codes, q, stride, acc),
+            2 => unpacked_pass::<2>(codes, q, stride, acc),
+            _ => unpacked_pass::<1>(codes, q, stride, acc),
+        }
+    }
 }
 
 /// Adds the products of a block of unpacked tiles with `T` tokens to `acc`.

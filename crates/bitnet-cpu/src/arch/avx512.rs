@@ -108,31 +108,22 @@ impl Lanes for Sixteen {
 /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()` tokens `t`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
-    let mut start = q.as_ptr();
-    // With many tokens the passes hide the way of the next band, which follows in memory.
-    let passes = acc.len().div_ceil(8);
-    let ahead = if passes > 1 { tiles.len().div_ceil(passes) } else { 0 };
-    let mut next = tiles.as_ptr_range().end;
-    for group in acc.chunks_mut(8) {
-        for _ in 0..ahead {
-            prefetch(next);
-            next = next.wrapping_add(1);
-        }
+    let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+    passes::in_passes(tiles, next, q, stride, acc, 8, |tiles, q, stride, acc| {
         // SAFETY: the elements are those of these tokens, by the contract of this function.
         unsafe {
-            match group.len() {
-                8 => pass::<8, 1>(tiles, start, stride, group),
-                7 => pass::<7, 1>(tiles, start, stride, group),
-                6 => pass::<6, 1>(tiles, start, stride, group),
-                5 => pass::<5, 1>(tiles, start, stride, group),
-                4 => pass::<4, 1>(tiles, start, stride, group),
-                3 => pass::<3, 2>(tiles, start, stride, group),
-                2 => pass::<2, 2>(tiles, start, stride, group),
-                _ => pass::<1, 4>(tiles, start, stride, group),
+            match acc.len() {
+                8 => pass::<8, 1>(tiles, q, stride, acc),
+                7 => pass::<7, 1>(tiles, q, stride, acc),
+                6 => pass::<6, 1>(tiles, q, stride, acc),
+                5 => pass::<5, 1>(tiles, q, stride, acc),
+                4 => pass::<4, 1>(tiles, q, stride, acc),
+                3 => pass::<3, 2>(tiles, q, stride, acc),
+                2 => pass::<2, 2>(tiles, q, stride, acc),
+                _ => pass::<1, 4>(tiles, q, stride, acc),
             }
         }
-        start = start.wrapping_add(8 * stride);
-    }
+    });
 }
 
 /// One band against `T` tokens: a tile is one register of 16 rows, and each plane, shifted out once,

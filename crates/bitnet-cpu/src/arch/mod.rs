@@ -16,10 +16,13 @@ mod attention;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod avxvnni;
 pub(crate) mod ceilings;
 mod generic;
 #[cfg(target_arch = "aarch64")]
 mod neon;
+mod passes;
 mod scalar;
 mod sparse;
 
@@ -97,6 +100,8 @@ impl Kernels {
             Isa::Scalar => Some(scalar::kernels()),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => avx2::kernels(),
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => avxvnni::kernels(),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => avx512::kernels(),
             #[cfg(target_arch = "aarch64")]
@@ -343,7 +348,7 @@ use instantiate;
 mod parts {
     pub(super) use super::attention::{self, Attention, Lanes, Room};
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Planes, Tile, generic, instantiate, prefetch, sparse, tile,
+        BandScale, HeadRow, Kernels, Planes, Tile, generic, instantiate, passes, sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;
@@ -355,13 +360,25 @@ mod parts {
 mod tests {
     use super::*;
 
-    fn each_kernel(test: impl Fn(&Kernels)) {
-        for isa in Isa::ALL {
-            match Kernels::for_isa(isa) {
-                Some(kernels) => test(kernels),
-                None => println!("skipped: this CPU has no {isa}"),
-            }
-        }
+    /// Every table that this CPU can run, also those that a better one of the same level hides.
+    pub(super) fn all_kernels() -> Vec<&'static Kernels> {
+        let levels = Isa::ALL.map(|isa| (isa.to_string(), Kernels::for_isa(isa)));
+        #[cfg(target_arch = "aarch64")]
+        let variants = neon::variants()
+            .map(|(kernels, detected)| (kernels.name.to_owned(), detected.then_some(kernels)));
+        #[cfg(target_arch = "x86_64")]
+        let variants = [("avx512 in place of avxvnni".to_owned(), avxvnni::stand_in())];
+        #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
+        let variants: [(String, Option<&Kernels>); 0] = [];
+        let tables = levels.into_iter().chain(variants);
+        tables
+            .filter_map(|(name, kernels)| {
+                if kernels.is_none() {
+                    println!("skipped: this CPU has no {name}");
+                }
+                kernels
+            })
+            .collect()
     }
 
     fn exact(tiles: &[Tile], q: &[i8]) -> [i32; 16] {
@@ -379,7 +396,7 @@ mod tests {
     fn narrow_sums_hold_at_their_fullest() {
         // All codes 2, all activations at an end of their range, at lengths around every widening
         // limit; and alternating signs of runs, so that a sum that wrapped is not wrapped back.
-        each_kernel(|kernels| {
+        for kernels in all_kernels() {
             for count in [1, 15, 16, 17, 31, 32, 33, 48, 64, 65, 100] {
                 let tiles = vec![[0b10_10_10_10u8; 64]; count];
                 for fill in [-128i8, 127] {
@@ -392,7 +409,7 @@ mod tests {
                     }
                 }
             }
-        });
+        }
     }
 
     #[test]
@@ -402,7 +419,8 @@ mod tests {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             state >> 16
         };
-        for count in [1, 2, 3, 16, 21, 40] {
+        let all = all_kernels();
+        for count in [1, 2, 3, 16, 21, 40, 65, 130] {
             let tiles: Vec<Tile> = (0..count)
                 .map(|_| {
                     std::array::from_fn(|_| {
@@ -412,15 +430,15 @@ mod tests {
                 })
                 .collect();
             let stride = count * 16 + 5;
-            let q: Vec<i8> = (0..stride * 20).map(|_| next() as i8).collect();
-            for tokens in 1..=19 {
+            let q: Vec<i8> = (0..stride * 25).map(|_| next() as i8).collect();
+            for tokens in 1..=24 {
                 let expected: Vec<[i32; 16]> =
                     (0..tokens).map(|t| exact(&tiles, &q[t * stride..][..count * 16])).collect();
-                each_kernel(|kernels| {
+                for kernels in &all {
                     let mut acc = vec![[0; 16]; tokens];
                     kernels.ternary_int8(&tiles, &q, stride, &mut acc);
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
-                });
+                }
             }
         }
     }
@@ -428,25 +446,26 @@ mod tests {
     #[test]
     fn sums_of_screens_hold_at_their_fullest_and_are_exact() {
         let mut random = bitnet_testing::Random::new(3);
-        each_kernel(|kernels| {
+        let all = all_kernels();
+        for kernels in &all {
             for (code, q) in [(255u8, -64i8), (255, 63), (0, -64), (1, 1)] {
                 for count in [1, 2, 3, 7, 64, 16_384] {
                     let sums =
                         kernels.screen_sums(&vec![[code; 64]; count], &vec![[[q; 4]; 2]; count]);
-                    let all = i32::from(code) * i32::from(q) * 4 * count as i32;
-                    assert_eq!(sums, [[all; 16]; 2], "{} {count}", kernels.name);
+                    let sum = i32::from(code) * i32::from(q) * 4 * count as i32;
+                    assert_eq!(sums, [[sum; 16]; 2], "{} {count}", kernels.name);
                 }
             }
-        });
+        }
         for count in [1, 2, 5, 8, 31] {
             let tiles: Vec<[u8; 64]> =
                 (0..count).map(|_| std::array::from_fn(|_| random.bits() as u8)).collect();
             let mut plane = || std::array::from_fn(|_| random.below(128) as i8 - 64);
             let planes: Vec<Planes> = (0..count).map(|_| [plane(), plane()]).collect();
             let expected = bitnet_quant::screen::sums(&tiles, &planes);
-            each_kernel(|kernels| {
+            for kernels in &all {
                 assert_eq!(kernels.screen_sums(&tiles, &planes), expected, "{}", kernels.name);
-            });
+            }
         }
     }
 

@@ -1,19 +1,26 @@
 //! NEON: every 64-bit Arm CPU; with the dot-product instructions where the CPU has them (most since
-//! 2018, all of Apple's).
+//! 2018, all of Apple's), and with those that multiply 8-bit matrices (Neoverse V1 and N2, Apple's
+//! M2, and later).
 
 use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
+use std::array;
 
 use bitnet_quant::packing::blocks::f16_to_f32;
 
 use super::parts::*;
 
-/// The kernels, if this CPU has the instructions.
+/// The tables of this level, the best one last, each with whether this CPU has the instructions.
+pub(super) fn variants() -> [(&'static Kernels, bool); 3] {
+    let neon = is_aarch64_feature_detected!("neon");
+    let dotprod = neon && is_aarch64_feature_detected!("dotprod");
+    let i8mm = dotprod && is_aarch64_feature_detected!("i8mm");
+    [(&KERNELS, neon), (&dotprod::KERNELS, dotprod), (&i8mm::KERNELS, i8mm)]
+}
+
+/// The best kernels that this CPU has the instructions for.
 pub(super) fn kernels() -> Option<&'static Kernels> {
-    if !is_aarch64_feature_detected!("neon") {
-        return None;
-    }
-    Some(if is_aarch64_feature_detected!("dotprod") { &dotprod::KERNELS } else { &KERNELS })
+    variants().into_iter().rev().find_map(|(kernels, detected)| detected.then_some(kernels))
 }
 
 instantiate! {
@@ -26,12 +33,22 @@ instantiate! {
     #[target_feature(enable = "neon")]
 }
 
-/// Half-precision numbers to f32 by integer operations, which the compiler vectorises: the
-/// conversion instruction has no stable intrinsic.
-#[inline(always)]
+/// Half-precision numbers to f32, eight at a time.
+#[inline]
+#[target_feature(enable = "neon")]
 fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
-    for (value, &half) in out.iter_mut().zip(half) {
-        *value = f16_to_f32(half);
+    let (half, half_tail) = half.as_chunks::<8>();
+    let (out, out_tail) = out.as_chunks_mut::<8>();
+    for (half, out) in half.iter().zip(out) {
+        // SAFETY: 16 bytes are read from a [[u8; 2]; 8] and 32 written to an [f32; 8].
+        unsafe {
+            let half = vreinterpretq_f16_u8(vld1q_u8(half.as_ptr().cast()));
+            vst1q_f32(out.as_mut_ptr(), vcvt_f32_f16(vget_low_f16(half)));
+            vst1q_f32(out.as_mut_ptr().add(4), vcvt_high_f32_f16(half));
+        }
+    }
+    for (half, out) in half_tail.iter().zip(out_tail) {
+        *out = f16_to_f32(*half);
     }
 }
 
@@ -152,46 +169,169 @@ impl Lanes for Sixteen {
 /// very end of its range.
 const TILES_PER_WIDENING: usize = 32;
 
-/// See [`Kernels::ternary_int8`]. One band against one token at a time: smull and smlal make
-/// 16-bit sums of products, four lanes per row, sixteen rows in eight registers.
+/// A tile with a byte per code: for each quarter of the rows four registers, one of each plane.
+type UnpackedTile = [[int8x16_t; 4]; 4];
+
+/// A tile, packed or not.
+trait Codes {
+    /// The codes of four rows in the four columns of a plane.
+    fn codes(&self, quarter: usize, plane: usize) -> int8x16_t;
+}
+
+impl Codes for Tile {
+    #[inline(always)]
+    fn codes(&self, quarter: usize, plane: usize) -> int8x16_t {
+        // SAFETY: every CPU of this architecture has NEON, and a tile has four times 16 bytes.
+        unsafe {
+            let rows = vld1q_u8(self[16 * quarter..][..16].as_ptr());
+            let mask = vdupq_n_u8(3);
+            vreinterpretq_s8_u8(match plane {
+                0 => vandq_u8(rows, mask),
+                1 => vandq_u8(vshrq_n_u8::<2>(rows), mask),
+                2 => vandq_u8(vshrq_n_u8::<4>(rows), mask),
+                _ => vshrq_n_u8::<6>(rows),
+            })
+        }
+    }
+}
+
+impl Codes for UnpackedTile {
+    #[inline(always)]
+    fn codes(&self, quarter: usize, plane: usize) -> int8x16_t {
+        self[quarter][plane]
+    }
+}
+
+#[inline(always)]
+fn unpack(tile: &Tile) -> UnpackedTile {
+    array::from_fn(|quarter| array::from_fn(|plane| tile.codes(quarter, plane)))
+}
+
+/// Writes a block out for each `$i` in 0..4. The compiler leaves a loop as it is if its body is
+/// long, and then keeps the registers that the body indexes in memory.
+macro_rules! four_times {
+    ($i:ident => $body:block) => {
+        four_times!(@ $i $body 0 1 2 3)
+    };
+    (@ $i:ident $body:block $($value:literal)*) => {
+        $({
+            const $i: usize = $value;
+            $body
+        })*
+    };
+}
+
+/// `acc[4 quarter..][..4] += sums`.
+#[inline(always)]
+fn add_rows(acc: &mut [i32; tile::ROWS], quarter: usize, sums: int32x4_t) {
+    let acc = acc[4 * quarter..][..4].as_mut_ptr();
+    // SAFETY: every CPU of this architecture has NEON, and `acc` has four elements.
+    unsafe { vst1q_s32(acc, vaddq_s32(vld1q_s32(acc), sums)) };
+}
+
+/// Tokens of a pass: their eight accumulators each leave sixteen registers.
+const TOKENS_PER_PASS: usize = 2;
+
+/// Tokens from which unpacking codes to memory costs less than unpacking them for each pass.
+const UNPACK_FROM: usize = 2 * TOKENS_PER_PASS + 1;
+
+/// See [`Kernels::ternary_int8`].
 ///
 /// # Safety
 /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()` tokens `t`.
 #[target_feature(enable = "neon")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
-    let mask = vdupq_n_u8(3);
-    for (t, acc) in acc.iter_mut().enumerate() {
-        let mut q = q.as_ptr().wrapping_add(t * stride);
-        // wide[i]: rows 4 i .. 4 i + 4, after the pairwise addition at the end.
-        let mut wide = [[vdupq_n_s32(0); 2]; 4];
-        for run in tiles.chunks(TILES_PER_WIDENING) {
-            let mut narrow = [[vdupq_n_s16(0); 2]; 4];
-            for tile in run {
-                for (quarter, narrow) in narrow.iter_mut().enumerate() {
-                    // SAFETY: a tile has four times 16 bytes.
-                    let mut rows = unsafe { vld1q_u8(tile.as_ptr().add(16 * quarter)) };
-                    for plane in 0..4 {
-                        let codes = vreinterpretq_s8_u8(vandq_u8(rows, mask));
-                        // SAFETY: four of the activations that the contract promises.
-                        let four = unsafe { q.add(4 * plane).cast::<i32>().read_unaligned() };
-                        let four = vreinterpretq_s8_s32(vdupq_n_s32(four));
-                        narrow[0] = vmlal_s8(narrow[0], vget_low_s8(codes), vget_low_s8(four));
-                        narrow[1] = vmlal_high_s8(narrow[1], codes, four);
-                        rows = vshrq_n_u8::<2>(rows);
-                    }
-                }
-                q = q.wrapping_add(tile::COLS);
-            }
-            for (wide, narrow) in wide.iter_mut().zip(narrow) {
-                wide[0] = vpadalq_s16(wide[0], narrow[0]);
-                wide[1] = vpadalq_s16(wide[1], narrow[1]);
-            }
+    let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+    let per_pass = passes::evenly(acc.len(), TOKENS_PER_PASS);
+    if acc.len() < UNPACK_FROM {
+        passes::in_passes(tiles, next, q, stride, acc, per_pass, |tiles, q, stride, acc| {
+            // SAFETY: the elements are those of these tokens, by the contract of this function.
+            unsafe { pass_of_few(tiles, q, stride, acc) };
+        });
+    } else {
+        passes::in_blocks(tiles, q, stride, acc, per_pass, unpack, |tiles, q, stride, acc| {
+            // SAFETY: as above.
+            unsafe { pass_of_few(tiles, q, stride, acc) };
+        });
+    }
+}
+
+/// One band against at most [`TOKENS_PER_PASS`] tokens.
+///
+/// # Safety
+/// As for [`ternary_int8`].
+#[target_feature(enable = "neon")]
+unsafe fn pass_of_few<S: Codes>(
+    tiles: &[S],
+    q: *const i8,
+    stride: usize,
+    acc: &mut [[i32; tile::ROWS]],
+) {
+    // SAFETY: the same contract.
+    unsafe {
+        match acc.len() {
+            2 => pass::<2, S>(tiles, q, stride, acc),
+            _ => pass::<1, S>(tiles, q, stride, acc),
         }
-        for (quarter, wide) in wide.iter().enumerate() {
-            // SAFETY: `acc` has four times four elements.
-            unsafe {
-                let acc = acc.as_mut_ptr().add(4 * quarter);
-                vst1q_s32(acc, vaddq_s32(vld1q_s32(acc), vpaddq_s32(wide[0], wide[1])));
+    }
+}
+
+/// `sums[h][i] += codes[8 h + i] * activations[8 h + i]`. Of the intrinsics the compiler makes three
+/// instructions when it sees that both halves of `activations` are the same.
+#[inline(always)]
+fn multiply(sums: &mut [int16x8_t; 2], codes: int8x16_t, activations: int8x16_t) {
+    let [low, high] = sums;
+    // SAFETY: instructions on registers alone, which every CPU of this architecture has.
+    unsafe {
+        asm!(
+            "smlal {low:v}.8h, {codes:v}.8b, {activations:v}.8b",
+            "smlal2 {high:v}.8h, {codes:v}.16b, {activations:v}.16b",
+            low = inout(vreg) *low,
+            high = inout(vreg) *high,
+            codes = in(vreg) codes,
+            activations = in(vreg) activations,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+}
+
+/// One band against `T` tokens: smlal and smlal2 make 16-bit sums of products, four lanes per row,
+/// sixteen rows in eight registers for each token.
+///
+/// # Safety
+/// As for [`ternary_int8`], with `T` tokens from `q`; `acc` has `T` elements.
+#[inline]
+#[target_feature(enable = "neon")]
+unsafe fn pass<const T: usize, S: Codes>(
+    tiles: &[S],
+    q: *const i8,
+    stride: usize,
+    acc: &mut [[i32; tile::ROWS]],
+) {
+    let mut q = q;
+    for run in tiles.chunks(TILES_PER_WIDENING) {
+        let mut narrow = [[[vdupq_n_s16(0); 2]; 4]; T];
+        for tile in run {
+            // SAFETY: sixteen of the activations that the contract promises.
+            let activations: [int32x4_t; T] =
+                array::from_fn(|t| unsafe { vld1q_s32(q.add(t * stride).cast()) });
+            four_times!(PLANE => {
+                let four = activations
+                    .map(|all| vreinterpretq_s8_s32(vdupq_laneq_s32::<{ PLANE as i32 }>(all)));
+                four_times!(QUARTER => {
+                    let codes = tile.codes(QUARTER, PLANE);
+                    for (narrow, four) in narrow.iter_mut().zip(four) {
+                        multiply(&mut narrow[QUARTER], codes, four);
+                    }
+                });
+            });
+            q = q.wrapping_add(tile::COLS);
+        }
+        for (acc, narrow) in acc.iter_mut().zip(narrow) {
+            for (quarter, [low, high]) in narrow.into_iter().enumerate() {
+                // Neighbours are of the same row.
+                let sums = vpaddq_s32(vpaddlq_s16(low), vpaddlq_s16(high));
+                add_rows(acc, quarter, sums);
             }
         }
     }
@@ -241,15 +381,21 @@ unsafe fn screen_sums(tiles: &[[u8; screen::TILE]], planes: &[Planes]) -> [[i32;
 pub(super) mod dotprod {
     use super::*;
 
-    instantiate! {
+    pub(super) static KERNELS: Kernels = Kernels {
         name: "neon with dotprod",
-        ternary_int8: ternary_int8,
-        sparse: sparse::neon::DOTPROD,
-        screen_sums: screen_sums,
-        decode_f16: decode_f16,
-        lanes: Sixteen,
-        #[target_feature(enable = "neon,dotprod")]
-    }
+        ternary_int8,
+        sparse: &sparse::neon::DOTPROD,
+        screen_sums,
+        ..super::KERNELS
+    };
+
+    /// Tokens of a pass over packed tiles, whose registers a mask and the codes being unpacked
+    /// share with four accumulators and the activations of each, and of one over unpacked tiles.
+    const TOKENS_PER_PASS: usize = 5;
+    const TOKENS_PER_UNPACKED_PASS: usize = 6;
+
+    /// Tokens from which unpacking codes to memory costs less than unpacking them for each pass.
+    const UNPACK_FROM: usize = 2 * TOKENS_PER_PASS + 1;
 
     /// `acc[i] += sum of codes[4 i + j] * four[4 i + j]` over `j` in 0..4. The intrinsic
     /// (`vdotq_s32`) is not stable yet.
@@ -270,72 +416,28 @@ pub(super) mod dotprod {
         acc
     }
 
-    /// See [`Kernels::ternary_int8`].
-    ///
-    /// # Safety
-    /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()`
-    /// tokens `t`.
-    #[target_feature(enable = "neon,dotprod")]
-    unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
-        let mut start = q.as_ptr();
-        for group in acc.chunks_mut(4) {
-            // SAFETY: the elements are those of these tokens, by the contract of this function.
-            unsafe {
-                match group.len() {
-                    4 => pass::<4>(tiles, start, stride, group),
-                    3 => pass::<3>(tiles, start, stride, group),
-                    2 => pass::<2>(tiles, start, stride, group),
-                    _ => pass::<1>(tiles, start, stride, group),
-                }
-            }
-            start = start.wrapping_add(4 * stride);
-        }
-    }
-
-    /// One band against `T` tokens: a tile is four registers of four rows, and each plane, shifted
-    /// out once, is multiplied with every token's four activations.
-    ///
-    /// # Safety
-    /// As for [`ternary_int8`], with `T` tokens from `q`; `acc` has `T` elements.
+    /// `sums[i] += sum over j in 0..4 of codes[4 i + j] * activations[4 PLANE + j]`. The intrinsic
+    /// (`vdotq_laneq_s32`) is not stable yet.
     #[inline]
     #[target_feature(enable = "neon,dotprod")]
-    unsafe fn pass<const T: usize>(
-        tiles: &[Tile],
-        q: *const i8,
-        stride: usize,
-        acc: &mut [[i32; tile::ROWS]],
-    ) {
-        let mask = vdupq_n_u8(3);
-        let mut sums = [[vdupq_n_s32(0); 4]; T];
-        let mut q = q;
-        for tile in tiles {
-            // SAFETY: a tile has four times 16 bytes.
-            let mut rows: [uint8x16_t; 4] =
-                std::array::from_fn(|i| unsafe { vld1q_u8(tile.as_ptr().add(16 * i)) });
-            for plane in 0..4 {
-                let codes = rows.map(|rows| vreinterpretq_s8_u8(vandq_u8(rows, mask)));
-                for (t, sums) in sums.iter_mut().enumerate() {
-                    // SAFETY: four of the activations that the contract promises.
-                    let four =
-                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
-                    let four = vreinterpretq_s8_s32(vdupq_n_s32(four));
-                    for (sum, codes) in sums.iter_mut().zip(codes) {
-                        *sum = dot(*sum, codes, four);
-                    }
-                }
-                rows = rows.map(|rows| vshrq_n_u8::<2>(rows));
-            }
-            q = q.wrapping_add(tile::COLS);
+    fn dot_lane<const PLANE: usize>(
+        mut sums: int32x4_t,
+        codes: int8x16_t,
+        activations: int8x16_t,
+    ) -> int32x4_t {
+        // SAFETY: an instruction on registers alone, which the enclosing function's features
+        // include.
+        unsafe {
+            asm!(
+                "sdot {sums:v}.4s, {codes:v}.16b, {activations:v}.4b[{plane}]",
+                sums = inout(vreg) sums,
+                codes = in(vreg) codes,
+                activations = in(vreg) activations,
+                plane = const PLANE,
+                options(pure, nomem, nostack, preserves_flags),
+            );
         }
-        for (acc, sums) in acc.iter_mut().zip(sums) {
-            for (quarter, sum) in sums.into_iter().enumerate() {
-                // SAFETY: `acc` has four times four elements.
-                unsafe {
-                    let acc = acc.as_mut_ptr().add(4 * quarter);
-                    vst1q_s32(acc, vaddq_s32(vld1q_s32(acc), sum));
-                }
-            }
-        }
+        sums
     }
 
     /// See [`Kernels::screen_sums`] and the function of this name without `sdot`.
@@ -373,5 +475,270 @@ pub(super) mod dotprod {
             }
         }
         out
+    }
+
+    /// See [`Kernels::ternary_int8`].
+    ///
+    /// # Safety
+    /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()`
+    /// tokens `t`.
+    #[target_feature(enable = "neon,dotprod")]
+    pub(super) unsafe fn ternary_int8(
+        tiles: &[Tile],
+        q: &[i8],
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+        if acc.len() < UNPACK_FROM {
+            let per_pass = passes::evenly(acc.len(), TOKENS_PER_PASS);
+            passes::in_passes(tiles, next, q, stride, acc, per_pass, |tiles, q, stride, acc| {
+                // SAFETY: the elements are those of these tokens, by the contract of this function.
+                unsafe { pass_of_few(tiles, q, stride, acc) };
+            });
+        } else {
+            let per_pass = passes::evenly(acc.len(), TOKENS_PER_UNPACKED_PASS);
+            passes::in_blocks(tiles, q, stride, acc, per_pass, unpack, |tiles, q, stride, acc| {
+                // SAFETY: as above.
+                unsafe { pass_of_few(tiles, q, stride, acc) };
+            });
+        }
+    }
+
+    /// One band against at most [`TOKENS_PER_UNPACKED_PASS`] tokens.
+    ///
+    /// # Safety
+    /// As for [`ternary_int8`].
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn pass_of_few<S: Codes>(
+        tiles: &[S],
+        q: *const i8,
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        // SAFETY: the same contract.
+        unsafe {
+            match acc.len() {
+                6 => pass::<6, 1, S>(tiles, q, stride, acc),
+                5 => pass::<5, 1, S>(tiles, q, stride, acc),
+                4 => pass::<4, 1, S>(tiles, q, stride, acc),
+                3 => pass::<3, 1, S>(tiles, q, stride, acc),
+                2 => pass::<2, 1, S>(tiles, q, stride, acc),
+                _ => pass::<1, 2, S>(tiles, q, stride, acc),
+            }
+        }
+    }
+
+    /// One band against `T` tokens: a plane of a quarter of a tile is one register, and is
+    /// multiplied with every token's four activations of the plane. A lone token has several
+    /// `CHAINS` of accumulators, so that one sum need not wait for the one before.
+    ///
+    /// # Safety
+    /// As for [`ternary_int8`], with `T` tokens from `q`; `acc` has `T` elements.
+    #[inline]
+    #[target_feature(enable = "neon,dotprod")]
+    unsafe fn pass<const T: usize, const CHAINS: usize, S: Codes>(
+        tiles: &[S],
+        q: *const i8,
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        let mut sums = [[[vdupq_n_s32(0); 4]; CHAINS]; T];
+        let mut q = q;
+        for tile in tiles {
+            // SAFETY: sixteen of the activations that the contract promises.
+            let activations: [int8x16_t; T] =
+                array::from_fn(|t| unsafe { vld1q_s8(q.add(t * stride)) });
+            four_times!(QUARTER => {
+                four_times!(PLANE => {
+                    let codes = tile.codes(QUARTER, PLANE);
+                    for (sums, activations) in sums.iter_mut().zip(activations) {
+                        let sums = &mut sums[PLANE % CHAINS][QUARTER];
+                        *sums = dot_lane::<PLANE>(*sums, codes, activations);
+                    }
+                });
+            });
+            q = q.wrapping_add(tile::COLS);
+        }
+        for (acc, sums) in acc.iter_mut().zip(sums) {
+            for sums in sums {
+                for (quarter, sums) in sums.into_iter().enumerate() {
+                    add_rows(acc, quarter, sums);
+                }
+            }
+        }
+    }
+}
+
+/// With `smmla`, which multiplies two rows of eight codes with two tokens' eight activations.
+mod i8mm {
+    use super::*;
+
+    pub(super) static KERNELS: Kernels =
+        Kernels { name: "neon with i8mm", ternary_int8, ..super::dotprod::KERNELS };
+
+    /// Pairs of tokens of a pass, whose eight accumulators and two registers of activations each
+    /// leave two for codes.
+    const PAIRS_PER_PASS: usize = 3;
+
+    /// Tokens from which bringing codes into the order of `smmla` costs less than it saves against
+    /// `sdot`.
+    const FROM: usize = 4;
+
+    /// `sums[2 i + j] += sum over k in 0..8 of codes[8 i + k] * activations[8 j + k]`. The
+    /// intrinsic (`vmmlaq_s32`) is not stable yet. Not `pure`, so that it stays where it is: in another order
+    /// the registers do not suffice.
+    #[inline]
+    #[target_feature(enable = "neon,i8mm")]
+    fn multiply(mut sums: int32x4_t, codes: int8x16_t, activations: int8x16_t) -> int32x4_t {
+        // SAFETY: an instruction on registers alone, which the enclosing function's features
+        // include.
+        unsafe {
+            asm!(
+                "smmla {sums:v}.4s, {codes:v}.16b, {activations:v}.16b",
+                sums = inout(vreg) sums,
+                codes = in(vreg) codes,
+                activations = in(vreg) activations,
+                options(nomem, nostack, preserves_flags),
+            );
+        }
+        sums
+    }
+
+    /// The first eight activations of two tokens, and the next eight. One block, so that it needs
+    /// three registers: the compiler would load the activations of all pairs first.
+    ///
+    /// # Safety
+    /// There are sixteen activations from each of the `offsets`.
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn load_pair(q: *const i8, offsets: [usize; 2]) -> [int8x16_t; 2] {
+        let (first, last): (int8x16_t, int8x16_t);
+        // SAFETY: reads what the contract promises.
+        unsafe {
+            asm!(
+                "ldr {first:q}, [{q}, {one}]",
+                "ldr {other_all:q}, [{q}, {other}]",
+                "zip2 {last:v}.2d, {first:v}.2d, {other_all:v}.2d",
+                "zip1 {first:v}.2d, {first:v}.2d, {other_all:v}.2d",
+                q = in(reg) q,
+                one = in(reg) offsets[0],
+                other = in(reg) offsets[1],
+                first = out(vreg) first,
+                last = out(vreg) last,
+                other_all = out(vreg) _,
+                options(pure, readonly, nostack, preserves_flags),
+            );
+        }
+        [first, last]
+    }
+
+    /// See [`Kernels::ternary_int8`].
+    ///
+    /// # Safety
+    /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()`
+    /// tokens `t`.
+    #[target_feature(enable = "neon,dotprod,i8mm")]
+    unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
+        if acc.len() < FROM {
+            // SAFETY: the same contract.
+            return unsafe { dotprod::ternary_int8(tiles, q, stride, acc) };
+        }
+        let per_pass = 2 * passes::evenly(acc.len().div_ceil(2), PAIRS_PER_PASS);
+        let q = q.as_ptr();
+        passes::in_blocks(tiles, q, stride, acc, per_pass, unpack, |tiles, q, stride, acc| {
+            // SAFETY: the elements are those of these tokens, by the contract of this function.
+            unsafe { pass_of_few(tiles, q, stride, acc) };
+        });
+    }
+
+    /// A tile with a byte per code: for each quarter of the rows, the first two of them in the
+    /// first eight columns and in the last eight, then the other two.
+    #[inline(always)]
+    fn unpack(tile: &Tile) -> UnpackedTile {
+        array::from_fn(|quarter| {
+            // SAFETY: every CPU of this architecture has NEON, and a tile has four times 16 bytes.
+            unsafe {
+                let mask = vdupq_n_u8(3);
+                // Planes 0 and 2, and beside them planes 1 and 3 at the same bits.
+                let even = vld1q_u8(tile[16 * quarter..][..16].as_ptr());
+                let odd = vshrq_n_u8::<2>(even);
+                let (even, odd) = (vreinterpretq_u32_u8(even), vreinterpretq_u32_u8(odd));
+                let first = vreinterpretq_u8_u32(vzip1q_u32(even, odd));
+                let last = vreinterpretq_u8_u32(vzip2q_u32(even, odd));
+                [
+                    vandq_u8(first, mask),
+                    vandq_u8(vshrq_n_u8::<4>(first), mask),
+                    vandq_u8(last, mask),
+                    vandq_u8(vshrq_n_u8::<4>(last), mask),
+                ]
+                .map(|codes| vreinterpretq_s8_u8(codes))
+            }
+        })
+    }
+
+    /// One band against at most [`PAIRS_PER_PASS`] pairs of tokens.
+    ///
+    /// # Safety
+    /// As for [`ternary_int8`].
+    #[target_feature(enable = "neon,i8mm")]
+    unsafe fn pass_of_few(
+        tiles: &[UnpackedTile],
+        q: *const i8,
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        // SAFETY: the same contract.
+        unsafe {
+            match acc.len().div_ceil(2) {
+                3 => pass::<3>(tiles, q, stride, acc),
+                2 => pass::<2>(tiles, q, stride, acc),
+                _ => pass::<1>(tiles, q, stride, acc),
+            }
+        }
+    }
+
+    /// One band against `PAIRS` pairs of tokens; an odd token is its own partner.
+    ///
+    /// # Safety
+    /// As for [`ternary_int8`], with the tokens from `q`; `acc` has `2 * PAIRS` elements, or one
+    /// less.
+    #[inline]
+    #[target_feature(enable = "neon,i8mm")]
+    unsafe fn pass<const PAIRS: usize>(
+        tiles: &[UnpackedTile],
+        q: *const i8,
+        stride: usize,
+        acc: &mut [[i32; tile::ROWS]],
+    ) {
+        let last = acc.len() - 1;
+        let mut sums = [[[vdupq_n_s32(0); 2]; 4]; PAIRS];
+        let mut q = q;
+        for tile in tiles {
+            let activations: [[int8x16_t; 2]; PAIRS] = array::from_fn(|pair| {
+                let tokens = [2 * pair, (2 * pair + 1).min(last)];
+                // SAFETY: sixteen of the activations that the contract promises, twice.
+                unsafe { load_pair(q, tokens.map(|t| t * stride)) }
+            });
+            four_times!(QUARTER => {
+                four_times!(OPERAND => {
+                    let codes = tile[QUARTER][OPERAND];
+                    for (sums, activations) in sums.iter_mut().zip(activations) {
+                        let sums = &mut sums[QUARTER][OPERAND / 2];
+                        *sums = multiply(*sums, codes, activations[OPERAND % 2]);
+                    }
+                });
+            });
+            q = q.wrapping_add(tile::COLS);
+        }
+        for (acc, sums) in acc.chunks_mut(2).zip(sums) {
+            for (quarter, [first, last]) in sums.into_iter().enumerate() {
+                // A register holds two rows of the one token, each beside that of the other.
+                let tokens = [vuzp1q_s32(first, last), vuzp2q_s32(first, last)];
+                for (acc, sums) in acc.iter_mut().zip(tokens) {
+                    add_rows(acc, quarter, sums);
+                }
+            }
+        }
     }
 }

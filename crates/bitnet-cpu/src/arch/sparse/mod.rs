@@ -154,14 +154,10 @@ impl Kernels {
 mod tests {
     use super::*;
     use crate::Isa;
+    use crate::arch::tests::all_kernels;
 
     fn each_kernel(test: impl Fn(&Kernels)) {
-        for isa in Isa::ALL {
-            match Kernels::for_isa(isa) {
-                Some(kernels) => test(kernels),
-                None => println!("skipped: this CPU has no {isa}"),
-            }
-        }
+        all_kernels().into_iter().for_each(test);
     }
 
     fn numbers() -> impl FnMut() -> u32 {
