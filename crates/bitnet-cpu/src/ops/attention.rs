@@ -17,7 +17,7 @@ use crate::threads::{Chunks, Partition, Strips, ThreadPool};
 const ROWS: usize = 64;
 
 /// Products of attention below which waking other threads costs more than it saves.
-const SMALL: usize = 300_000;
+const SMALL: usize = 100_000;
 
 /// Numbers to be stored below which it does.
 const SMALL_WRITE: usize = 16_384;

@@ -225,11 +225,11 @@ impl Compute {
         totals: &mut Sums,
     ) {
         let linear = task.linear;
-        let ThreadScratch { tiles, floats: own_floats, bytes: own_bytes, .. } = own;
+        let ThreadScratch { tiles, acc, floats: own_floats, bytes: own_bytes, .. } = own;
         let tiles = linear.band(band, self.kernels, tiles);
         let Scale::Groups { len, values } = &linear.scale else {
             let sum = |token: usize| inputs.rows[token].sum;
-            return self.products(linear, tiles, inputs, tokens, sum, totals);
+            return self.products(linear, tiles, inputs, tokens, sum, acc, totals);
         };
         let groups = linear.cols() / len;
         totals.fill([0.0; tile::ROWS]);
@@ -246,7 +246,7 @@ impl Compute {
                     quantized: &inputs.quantized[cols.start..],
                     ..inputs
                 };
-                self.products(linear, tiles, shifted, tokens.clone(), sum, sums);
+                self.products(linear, tiles, shifted, tokens.clone(), sum, acc, sums);
             } else {
                 // The group shares tiles with its neighbours: a copy of the inputs, zero outside of
                 // the group, takes only its own columns from them.
@@ -267,7 +267,7 @@ impl Compute {
                 }
                 let copied = Inputs { floats, quantized, rows: inputs.rows, stride };
                 let sum = |i: usize| sum(tokens.start + i);
-                self.products(linear, tiles, copied, 0..tokens.len(), sum, sums);
+                self.products(linear, tiles, copied, 0..tokens.len(), sum, acc, sums);
             }
             for (total, sums) in totals.iter_mut().zip(&*sums) {
                 self.kernels.add_scaled(scales, sums, total);
@@ -276,7 +276,8 @@ impl Compute {
     }
 
     /// The sums of weight times input over the columns of `tiles`; `input_sum(token)` is the sum of
-    /// the token's quantised inputs in these columns.
+    /// the token's quantised inputs in these columns. `acc` is room for integer sums.
+    #[allow(clippy::too_many_arguments)] // a part of `band`
     fn products(
         &self,
         linear: &Linear,
@@ -284,6 +285,7 @@ impl Compute {
         inputs: Inputs<'_>,
         tokens: Range<usize>,
         input_sum: impl Fn(usize) -> i32,
+        acc: &mut Vec<[i32; tile::ROWS]>,
         sums: &mut Sums,
     ) {
         let start = tokens.start * inputs.stride;
@@ -292,8 +294,7 @@ impl Compute {
                 self.kernels.ternary_f32(tiles, &inputs.floats[start..], inputs.stride, sums);
             }
             ActivationPrecision::Int8 => {
-                let mut acc = [[0; tile::ROWS]; TOKENS];
-                let acc = &mut acc[..tokens.len()];
+                let acc = at_least(acc, tokens.len());
                 for (acc, token) in acc.iter_mut().zip(tokens) {
                     // A code is a weight plus 1.
                     *acc = [-input_sum(token); tile::ROWS];

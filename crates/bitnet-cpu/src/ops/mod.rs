@@ -66,6 +66,8 @@ struct ThreadScratch {
     floats: Vec<f32>,
     shorts: Vec<i16>,
     bytes: Vec<i8>,
+    /// Integer sums of a band of a linear layer.
+    acc: Vec<[i32; tile::ROWS]>,
     /// Sums of a few bands of a linear layer.
     totals: Vec<[[f32; tile::ROWS]; linears::TOKENS]>,
     /// A band of a matrix in row order.
