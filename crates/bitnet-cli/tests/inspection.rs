@@ -6,8 +6,18 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 9] =
-    ["run", "logits", "tokenize", "detokenize", "embed", "convert", "info", "devices", "doctor"];
+const COMMANDS: [&str; 10] = [
+    "run",
+    "logits",
+    "tokenize",
+    "detokenize",
+    "embed",
+    "convert",
+    "info",
+    "devices",
+    "doctor",
+    "bench",
+];
 
 #[test]
 fn the_program_alone_says_what_to_do_first() {

@@ -91,7 +91,9 @@ fn part(
             Part::Table(table.clone())
         }
         (PartKind::Screen, _) => {
-            Part::Screen(screen::build(tables.head.as_ref().unwrap_or(&tables.embedding))?)
+            let head = tables.head.as_ref().unwrap_or(&tables.embedding);
+            let stored = loader.screen(head.rows())?;
+            Part::Screen(stored.map_or_else(|| screen::build(head), Ok)?)
         }
         (PartKind::Norm { .. }, None) => Part::Norm(loader.final_norm()?),
         (PartKind::Norm { len, of_projection: false }, Some(layer)) => {

@@ -323,7 +323,7 @@ impl<'a> Loader<'a> {
     }
 
     /// The screen that a native file brings along for its head of so many rows.
-    fn screen(&self, rows: usize) -> Result<Option<Screen>, Error> {
+    pub(crate) fn screen(&self, rows: usize) -> Result<Option<Screen>, Error> {
         if !self.is_tiled() {
             return Ok(None);
         }

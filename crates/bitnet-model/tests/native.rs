@@ -141,6 +141,7 @@ fn assert_comes_back(name: &str, before: &Checkpoint) {
     assert_eq!(source(before), source(&after), "{name}");
     assert_same_tokenizer(name, &old.tokenizer, &new.tokenizer);
     source::verify_checksums(path.to_str().unwrap()).unwrap();
+    assert_eq!(after.tensors.contains("screen"), new.config.pooling.is_none(), "{name}");
 
     // Converting what is native already gives the same bytes, and so does converting again.
     let again = folder.path().join("again");
@@ -248,7 +249,8 @@ fn other_versions_and_broken_descriptions_are_refused() {
         (r#"\"hidden_size\":256"#, r#"\"hidden_size\":128"#, "tensor `embedding.weight`"),
         (r#"\"bos\":2036"#, r#"\"bos\":9036"#, "token id 9036"),
         (r#""layers.2.up.scale.multiply":{"#, r#""layers.2.up.scale.subtract":{"#, "any scale"),
-        (r#""layers.2.up.tiles.bands":{"#, r#""layers.2.up.tiles.bonds":{"#, "is missing"),
+        (r#""layers.2.up.tiles.rows":{"#, r#""layers.2.up.tiles.bows":{"#, "is missing"),
+        (r#""screen":{"#, r#""scream":{"#, "tensor `scream`: is not part of"),
         (r#""padding.3":{"#, r#""pudding.3":{"#, "tensor `pudding.3`: is not part of"),
     ] {
         refused(&edited(folder, from, to), words);
