@@ -12,7 +12,7 @@
 use std::ops::Range;
 
 use crate::error::Error;
-use crate::screen::{Candidate, Keep, Screen};
+use crate::screen::{Candidate, Pick, Screen};
 use crate::shortcuts::ShortcutCounts;
 use crate::tensor::Tensor;
 use crate::ternary::{LinearUse, TernaryMatrix, TiledMatrix};
@@ -262,20 +262,17 @@ pub trait Backend: Send + Sync + Sized + 'static {
         table: &Self::Table,
         out: &mut Self::Buffer,
     );
-    /// The logits of `x[pick]` that can matter, exactly as [`head`](Backend::head) gives them, in
-    /// ascending order of ids: at least those of `exact_ids` (ascending, each once; ids that the
-    /// table has not are passed over), and of the other ids at least those that `keep` asks for.
-    /// `screen` was made from `table`. An error means that the device was lost.
+    /// The logits of chosen rows of `x` that can matter, exactly as [`head`](Backend::head) gives
+    /// them: those of `picks[j]` in `outs[j]`, in ascending order of ids. `screen` was made from
+    /// `table`. An error means that the device was lost.
     fn screened_head(
         &self,
         x: &Self::Buffer,
-        pick: usize,
+        picks: &[Pick<'_>],
         norm: &Norm<Self>,
         table: &Self::Table,
         screen: &Self::Screen,
-        keep: Keep,
-        exact_ids: &[u32],
-        out: &mut Vec<Candidate>,
+        outs: &mut [Vec<Candidate>],
     ) -> Result<(), Error>;
 
     // Keys and values.

@@ -144,6 +144,18 @@ pub enum Keep {
     Within(f64),
 }
 
+/// A row of hidden states, and which of its logits are needed.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Pick<'a> {
+    /// The row.
+    pub row: usize,
+    /// Needed of the ids that are not among `exact_ids`; more may be given.
+    pub keep: Keep,
+    /// Ids that are needed whatever their logits, ascending, each once. Those that the head has not
+    /// are passed over.
+    pub exact_ids: &'a [u32],
+}
+
 /// See [`Keep::Within`].
 pub const SLACK: f64 = 1.0 / (1 << 22) as f64;
 

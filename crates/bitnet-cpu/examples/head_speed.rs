@@ -6,7 +6,7 @@
 use std::time::Instant;
 
 use bitnet_core::backend::{Backend, Norm};
-use bitnet_core::{DType, Keep, Tensor};
+use bitnet_core::{DType, Keep, Pick, Tensor};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_quant::screen;
 use bitnet_testing::Random;
@@ -52,7 +52,14 @@ fn main() {
                 for (i, keep) in keeps.into_iter().enumerate() {
                     let start = Instant::now();
                     backend
-                        .screened_head(&x, 0, &norm, &loaded, &screen, keep, &[], &mut candidates)
+                        .screened_head(
+                            &x,
+                            &[Pick { row: 0, keep, exact_ids: &[] }],
+                            &norm,
+                            &loaded,
+                            &screen,
+                            std::slice::from_mut(&mut candidates),
+                        )
                         .unwrap();
                     best[i + 1] = best[i + 1].min(start.elapsed().as_secs_f64());
                     survivors[i] = candidates.len();

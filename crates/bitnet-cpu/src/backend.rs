@@ -6,7 +6,7 @@ use bitnet_core::backend::{
 };
 use bitnet_core::machine::physical_cores;
 use bitnet_core::{
-    Candidate, DType, Error, Keep, LinearUse, Screen, ShortcutCounts, Shortcuts, Tensor,
+    Candidate, DType, Error, LinearUse, Pick, Screen, ShortcutCounts, Shortcuts, Tensor,
     TernaryMatrix, TiledMatrix, budget,
 };
 use bitnet_quant::packing::tile;
@@ -220,16 +220,13 @@ impl Backend for CpuBackend {
     fn screened_head(
         &self,
         x: &Buffer,
-        pick: usize,
+        picks: &[Pick<'_>],
         norm: &Norm<Self>,
         table: &Tensor,
         screen: &Screen,
-        keep: Keep,
-        exact_ids: &[u32],
-        out: &mut Vec<Candidate>,
+        outs: &mut [Vec<Candidate>],
     ) -> Result<(), Error> {
-        let (weight, eps) = parts(norm);
-        self.compute.screened_head(x.row(pick), weight, eps, table, screen, keep, exact_ids, out);
+        self.compute.screened_head(x, picks, parts(norm), table, screen, outs);
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //! short part; `BITNET_SCREEN_STATES=100000` runs the whole.
 
 use bitnet_core::backend::{Backend, Norm};
-use bitnet_core::{Candidate, DType, Keep, Tensor};
+use bitnet_core::{Candidate, DType, Keep, Pick, Tensor};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_quant::packing::blocks::decode_row;
 use bitnet_quant::screen;
@@ -128,7 +128,14 @@ fn the_screened_head_finds_what_the_full_head_finds() {
                 backend.head(&x, &[0], &norm, &loaded, &mut out);
                 backend.read(&out, 1, &mut exact).unwrap();
                 backend
-                    .screened_head(&x, 0, &norm, &loaded, &screen, keep, &ids, &mut candidates)
+                    .screened_head(
+                        &x,
+                        &[Pick { row: 0, keep, exact_ids: &ids }],
+                        &norm,
+                        &loaded,
+                        &screen,
+                        std::slice::from_mut(&mut candidates),
+                    )
                     .unwrap();
                 assert!(candidates.is_sorted_by(|a, b| a.id < b.id));
                 for Candidate { id, logit } in &candidates {
@@ -158,7 +165,14 @@ fn hidden_states_that_are_not_finite_give_every_logit() {
     let norm = Norm { weight, eps: 0.0 };
     let mut candidates = Vec::new();
     backend
-        .screened_head(&x, 0, &norm, &table, &screen, Keep::Largest(1), &[], &mut candidates)
+        .screened_head(
+            &x,
+            &[Pick { row: 0, keep: Keep::Largest(1), exact_ids: &[] }],
+            &norm,
+            &table,
+            &screen,
+            std::slice::from_mut(&mut candidates),
+        )
         .unwrap();
     assert_eq!(candidates.len(), ROWS);
     assert!(candidates.iter().all(|c| c.logit.is_nan()));

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use bitnet_core::backend::{Activation, Backend, KvType, Span};
-use bitnet_core::{Candidate, Keep, ShortcutCounts, screen};
+use bitnet_core::{Candidate, Keep, Pick, ShortcutCounts, screen};
 use bitnet_cpu::CpuBackend;
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Step, Workspace};
@@ -525,7 +525,7 @@ pub struct Sequences<B: Backend> {
 struct Generated {
     sampler: Sampler,
     tokens: Vec<u32>,
-    candidates: Vec<Candidate>,
+    candidates: Vec<Vec<Candidate>>,
     logits: Vec<f32>,
 }
 
@@ -535,7 +535,7 @@ impl Generated {
         Ok(Generated {
             sampler,
             tokens: vec![0; batch],
-            candidates: Vec::new(),
+            candidates: vec![Vec::new(); batch],
             logits: Vec::new(),
         })
     }
@@ -551,10 +551,11 @@ impl Generated {
             return Ok(());
         }
         let Self { sampler, tokens, candidates, logits } = self;
-        if decoder.has_screen() {
-            for (&pick, token) in picks.iter().zip(tokens) {
-                // Greedy sampling without penalties asks for no ids by name.
-                decoder.candidates(workspace, pick, Keep::Largest(1), &[], candidates)?;
+        // Greedy sampling without penalties asks for no ids by name.
+        let pick = |&row: &usize| Pick { row, keep: Keep::Largest(1), exact_ids: &[] };
+        let screened: Vec<Pick<'_>> = picks.iter().map(pick).collect();
+        if decoder.candidates(workspace, &screened, &mut candidates[..picks.len()])? {
+            for (token, candidates) in tokens.iter_mut().zip(candidates) {
                 *token = sampler.sample_candidates(candidates, &[], 0)?.token;
             }
             return Ok(());

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bitnet_core::backend::{Backend, KvType, Span};
-use bitnet_core::{Error as CoreError, ShortcutCounts};
+use bitnet_core::{Error as CoreError, Pick, ShortcutCounts};
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Step, Workspace};
 
@@ -178,12 +178,13 @@ impl<B: Backend> AnySequence for Sequence<B> {
                     decoder.logits(workspace, &[chunk.len() - 1], logits)?;
                 }
                 Output::Selected(selection, candidates, logits, selected) if after.is_empty() => {
-                    let pick = chunk.len() - 1;
+                    let row = chunk.len() - 1;
                     let Selection { keep, exact_ids } = *selection;
-                    **selected =
-                        decoder.candidates(workspace, pick, keep, exact_ids, candidates)?;
+                    let pick = Pick { row, keep, exact_ids };
+                    let out = std::slice::from_mut(&mut **candidates);
+                    **selected = decoder.candidates(workspace, &[pick], out)?;
                     if !**selected {
-                        decoder.logits(workspace, &[pick], logits)?;
+                        decoder.logits(workspace, &[row], logits)?;
                     }
                 }
                 Output::Last(_) | Output::Selected(..) => {}

@@ -5,7 +5,7 @@ use bitnet_core::backend::{
     AttentionShape, Backend, BitLinear, GatedFfn, KvLayout, KvType, Norm, Scratch, Span,
 };
 use bitnet_core::numerics::rope_angle;
-use bitnet_core::{Candidate, Keep};
+use bitnet_core::{Candidate, Pick};
 
 use crate::config::{LayerConfig, ModelConfig};
 
@@ -243,27 +243,24 @@ impl<B: Backend> Decoder<B> {
         self.screen.is_some()
     }
 
-    /// The logits of one row of the last step that can matter (see
-    /// [`Backend::screened_head`]), into `candidates`. Returns false, and leaves `candidates` empty,
-    /// for a model without a screen: ask for all [`logits`](Decoder::logits) then.
+    /// The logits of some rows of the last step that can matter (see
+    /// [`Backend::screened_head`]): those of `picks[j]` into `candidates[j]`. Returns false, and
+    /// leaves `candidates` alone, for a model without a screen: ask for all
+    /// [`logits`](Decoder::logits) then.
     ///
     /// # Panics
-    /// If `pick` is not a row of the step.
+    /// If a pick is not a row of the step.
     pub fn candidates(
         &self,
         workspace: &Workspace<B>,
-        pick: usize,
-        keep: Keep,
-        exact_ids: &[u32],
-        candidates: &mut Vec<Candidate>,
+        picks: &[Pick<'_>],
+        candidates: &mut [Vec<Candidate>],
     ) -> Result<bool, CoreError> {
-        assert!(pick < workspace.rows, "a pick outside the step");
-        candidates.clear();
+        assert!(picks.iter().all(|pick| pick.row < workspace.rows), "a pick outside the step");
         let Some(screen) = &self.screen else { return Ok(false) };
         let head = self.head.as_ref().unwrap_or(&self.embedding);
         let (hidden, norm) = (&workspace.hidden, &self.final_norm);
-        self.backend
-            .screened_head(hidden, pick, norm, head, screen, keep, exact_ids, candidates)?;
+        self.backend.screened_head(hidden, picks, norm, head, screen, candidates)?;
         Ok(true)
     }
 

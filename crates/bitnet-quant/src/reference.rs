@@ -8,7 +8,7 @@ use bitnet_core::backend::{
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 use bitnet_core::{
-    Candidate, Error, Keep, LinearUse, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale,
+    Candidate, Error, LinearUse, Pick, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale,
 };
 
 use crate::activation::{QuantizedRow, quantize_row};
@@ -358,24 +358,24 @@ impl Backend for ReferenceBackend {
     fn screened_head(
         &self,
         x: &Rows,
-        pick: usize,
+        picks: &[Pick<'_>],
         norm: &Norm<Self>,
         table: &Tensor,
         _screen: &(),
-        keep: Keep,
-        exact_ids: &[u32],
-        out: &mut Vec<Candidate>,
+        outs: &mut [Vec<Candidate>],
     ) -> Result<(), Error> {
         let mut logits = self.buffer(1, table.rows())?;
-        self.head(x, &[pick], norm, table, &mut logits);
-        let all = (0..).zip(logits.values).map(|(id, logit)| Candidate { id, logit });
-        let all: Vec<Candidate> = all.collect();
-        let named = |c: &Candidate| exact_ids.contains(&c.id);
-        let mut others: Vec<f32> = all.iter().filter(|c| !named(c)).map(|c| c.logit).collect();
-        let finite = all.iter().all(|c| c.logit.is_finite());
-        let least = keep.threshold(&mut others);
-        out.clear();
-        out.extend(all.iter().filter(|c| named(c) || !finite || c.logit >= least));
+        for (pick, out) in picks.iter().zip(outs) {
+            self.head(x, &[pick.row], norm, table, &mut logits);
+            let all = (0..).zip(&logits.values).map(|(id, &logit)| Candidate { id, logit });
+            let all: Vec<Candidate> = all.collect();
+            let named = |c: &Candidate| pick.exact_ids.contains(&c.id);
+            let mut others: Vec<f32> = all.iter().filter(|c| !named(c)).map(|c| c.logit).collect();
+            let finite = all.iter().all(|c| c.logit.is_finite());
+            let least = pick.keep.threshold(&mut others);
+            out.clear();
+            out.extend(all.iter().filter(|c| named(c) || !finite || c.logit >= least));
+        }
         Ok(())
     }
 

@@ -10,7 +10,7 @@ use bitnet_core::backend::{
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 use bitnet_core::{
-    DType, Keep, LinearUse, Tensor, TernaryMatrix, TileOrder, TiledMatrix, WeightScale,
+    DType, Keep, LinearUse, Pick, Tensor, TernaryMatrix, TileOrder, TiledMatrix, WeightScale,
 };
 use bitnet_quant::packing::tile;
 use bitnet_quant::reference::ReferenceBackend;
@@ -624,19 +624,31 @@ impl<B: Backend> Pair<'_, B> {
             for keep in [Keep::Largest(1), Keep::Largest(7), Keep::Within(2.0)] {
                 let ids = [0, 5, vocabulary as u32 - 1, vocabulary as u32];
                 for ids in [&[][..], &ids[..]] {
-                    let (mut found, mut expected) = (Vec::new(), Vec::new());
-                    let result = self.backend.screened_head(
-                        &x.ours, 3, &our_norm, &ours, &screen, keep, ids, &mut found,
-                    );
-                    result.expect("a device");
-                    let (x, norm) = (&x.theirs, &their_norm);
-                    self.reference
-                        .screened_head(x, 3, norm, &theirs, &(), keep, ids, &mut expected)
-                        .expect("no device to lose");
-                    // A screen may let more through, and all that it lets through is exact.
-                    let case = format!("screened head {dtype} {vocabulary} x {hidden}, {keep:?}");
-                    let missing = expected.iter().find(|c| !found.contains(c));
-                    assert_eq!(missing, None, "{case}");
+                    // Rows that ask for different things share a pass.
+                    let picks = [
+                        Pick { row: 3, keep, exact_ids: ids },
+                        Pick { row: 0, keep: Keep::Largest(2), exact_ids: &[1] },
+                        Pick { row: 3, keep: Keep::Largest(1), exact_ids: &[] },
+                    ];
+                    for picks in [&picks[..1], &picks] {
+                        let mut found = vec![Vec::new(); picks.len()];
+                        let mut expected = found.clone();
+                        let (ours_x, norm) = (&x.ours, &our_norm);
+                        self.backend
+                            .screened_head(ours_x, picks, norm, &ours, &screen, &mut found)
+                            .expect("a device");
+                        let (their_x, norm) = (&x.theirs, &their_norm);
+                        self.reference
+                            .screened_head(their_x, picks, norm, &theirs, &(), &mut expected)
+                            .expect("no device to lose");
+                        // A screen may let more through, and all that it lets through is exact.
+                        let case =
+                            format!("screened head {dtype} {vocabulary} x {hidden}, {picks:?}");
+                        for (expected, found) in expected.iter().zip(&found) {
+                            let missing = expected.iter().find(|c| !found.contains(c));
+                            assert_eq!(missing, None, "{case}");
+                        }
+                    }
                 }
             }
         }
