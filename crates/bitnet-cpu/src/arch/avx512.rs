@@ -180,15 +180,24 @@ unsafe fn pass<const T: usize, const CHAINS: usize>(
 unsafe fn screen_sums(tiles: &[[u8; screen::TILE]], planes: &[Planes]) -> [[i32; screen::ROWS]; 2] {
     const CHAINS: usize = 4;
     let mut sums = [[_mm512_setzero_si512(); 2]; CHAINS];
-    for (tiles, planes) in tiles.chunks(CHAINS).zip(planes.chunks(CHAINS)) {
-        for (sums, (tile, planes)) in sums.iter_mut().zip(tiles.iter().zip(planes)) {
-            // SAFETY: a tile has 64 bytes.
-            let codes = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
-            for (sum, plane) in sums.iter_mut().zip(planes) {
-                let four = _mm512_set1_epi32(i32::from_ne_bytes(plane.map(|q| q as u8)));
-                *sum = _mm512_dpbusd_epi32(*sum, codes, four);
-            }
+    let add = |sums: &mut [__m512i; 2], tile: &[u8; screen::TILE], planes: &Planes| {
+        // SAFETY: a tile has 64 bytes.
+        let codes = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
+        for (sum, plane) in sums.iter_mut().zip(planes) {
+            let four = _mm512_set1_epi32(i32::from_ne_bytes(plane.map(|q| q as u8)));
+            *sum = _mm512_dpbusd_epi32(*sum, codes, four);
         }
+    };
+    // Groups of a fixed size, so that the sums stay in registers.
+    let (tiles, tiles_rest) = tiles.as_chunks::<CHAINS>();
+    let (planes, planes_rest) = planes.as_chunks::<CHAINS>();
+    for (tiles, planes) in tiles.iter().zip(planes) {
+        for chain in 0..CHAINS {
+            add(&mut sums[chain], &tiles[chain], &planes[chain]);
+        }
+    }
+    for (tile, planes) in tiles_rest.iter().zip(planes_rest) {
+        add(&mut sums[0], tile, planes);
     }
     let mut out = [[0; screen::ROWS]; 2];
     for (plane, out) in out.iter_mut().enumerate() {
