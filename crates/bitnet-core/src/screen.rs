@@ -15,27 +15,54 @@ pub const ROWS: usize = 16;
 /// Columns whose codes of one row lie side by side.
 pub const COLS: usize = 4;
 
-/// Bytes of the codes of [`ROWS`] rows in [`COLS`] columns.
+/// Columns that share a step of the codes.
+pub const GROUP: usize = 32;
+
+/// Columns of a [`Block`].
+pub const BLOCK_COLS: usize = 4 * GROUP;
+
+/// Bytes of a tile: one for each of [`ROWS`] rows in [`COLS`] columns.
 pub const TILE: usize = ROWS * COLS;
 
-/// Bytes behind the codes of a band: the scales of its rows, then the norms of their errors, then
+/// Bytes of the steps at the beginning of a [`Block`]: of each group of columns those of the rows.
+pub const STEPS: usize = ROWS * BLOCK_COLS / GROUP;
+
+/// Tiles of a group of columns: four of low bits and one of fifth bits.
+pub const TILES: usize = 5;
+
+/// Bytes of a [`Block`].
+const BLOCK: usize = STEPS + BLOCK_COLS / GROUP * TILES * TILE;
+
+/// Sixteen rows in four groups of columns: a step per row and group, and then the codes of each
+/// group, which have 5 bits, in tiles.
+///
+/// Column `4 q + j` of a group (`q` below 8) of row `r` has its low four bits in byte `4 r + j` of
+/// tile `q / 2` of the group, in the lower half for even `q`, and its fifth bit in byte `4 r + j` of
+/// the group's last tile, there bit `(q + 4) % 8`.
+///
+/// Kernels read a block from its first byte to its last: what the hardware foresees.
+pub type Block = [u8; BLOCK];
+
+/// Bytes behind the blocks of a band: the scales of its rows, then the norms of their errors, then
 /// the norms of the rows, f32 each.
 const NUMBERS: usize = 3 * ROWS * 4;
 
-/// Widest head: a sum of that many products of a code and a plane of the input fits 32 bits.
+/// Widest head for which the bounds are proved.
 const MOST_COLS: usize = 1 << 16;
 
 /// Bytes of a screen, or `None` if it is too large or too wide for one.
 pub fn byte_len(rows: usize, cols: usize) -> Option<usize> {
-    let bands = rows.div_ceil(ROWS);
-    (cols <= MOST_COLS).then(|| bands.checked_mul(band_bytes(cols)))?
+    if cols > MOST_COLS {
+        return None;
+    }
+    rows.div_ceil(ROWS).checked_mul(band_bytes(cols))?.checked_add(4 * cols)
 }
 
 fn band_bytes(cols: usize) -> usize {
-    cols.div_ceil(COLS) * TILE + NUMBERS
+    cols.div_ceil(BLOCK_COLS) * BLOCK + NUMBERS
 }
 
-/// A screen as it is stored. Cloning shares the bytes.
+/// A screen as it is stored: the bands, then the weight of each column. Cloning shares the bytes.
 #[derive(Debug, Clone)]
 pub struct Screen {
     rows: usize,
@@ -46,28 +73,34 @@ pub struct Screen {
 /// Sixteen rows of a [`Screen`].
 #[derive(Debug, Clone, Copy)]
 pub struct ScreenBand<'a> {
-    /// Codes plus 128: tile `t` has columns `4 t ..`, row `r` its bytes `4 r .. 4 r + 4`.
-    pub tiles: &'a [[u8; TILE]],
+    /// The codes, less than [`BLOCK_COLS`] columns of padding at the end.
+    pub blocks: &'a [Block],
     /// Scale, norm of the error, norm.
     numbers: &'a [[u8; 4]],
 }
 
 impl ScreenBand<'_> {
+    #[inline(always)]
     fn number(&self, index: usize) -> f32 {
         f32::from_le_bytes(self.numbers[index])
     }
 
-    /// What a code of `row` of this band is worth.
+    /// What a step of one is worth in `row` of this band.
+    #[inline(always)]
     pub fn scale(&self, row: usize) -> f32 {
         self.number(row)
     }
 
-    /// At least the norm of what the codes of `row` leave of the head's row.
+    /// At least the norm of what the codes of `row` leave of the head's row, each column divided by
+    /// its weight.
+    #[inline(always)]
     pub fn error(&self, row: usize) -> f32 {
         self.number(ROWS + row)
     }
 
-    /// At least the norm of the head's row and that of its codes.
+    /// At least the norm of the head's row, each column divided by its weight, and that of its
+    /// codes.
+    #[inline(always)]
     pub fn norm(&self, row: usize) -> f32 {
         self.number(2 * ROWS + row)
     }
@@ -108,7 +141,7 @@ impl Screen {
         self.cols
     }
 
-    /// The bytes, band after band.
+    /// The bytes, band after band, and then the weights of the columns.
     pub fn data(&self) -> &Bytes {
         &self.data
     }
@@ -117,10 +150,19 @@ impl Screen {
     ///
     /// # Panics
     /// If there is no such band.
+    #[inline(always)]
     pub fn band(&self, index: usize) -> ScreenBand<'_> {
+        assert!(index < self.rows.div_ceil(ROWS));
         let bytes = band_bytes(self.cols);
-        let (tiles, numbers) = self.data[index * bytes..][..bytes].split_at(bytes - NUMBERS);
-        ScreenBand { tiles: tiles.as_chunks().0, numbers: numbers.as_chunks().0 }
+        let (blocks, numbers) = self.data[index * bytes..][..bytes].split_at(bytes - NUMBERS);
+        ScreenBand { blocks: blocks.as_chunks().0, numbers: numbers.as_chunks().0 }
+    }
+
+    /// The weight of each column: what an element of a hidden state is multiplied with, and an
+    /// element of the head divided by.
+    pub fn column_weights(&self) -> impl ExactSizeIterator<Item = f32> {
+        let (_, weights) = self.data.split_at(self.data.len() - 4 * self.cols);
+        weights.as_chunks().0.iter().map(|bytes| f32::from_le_bytes(*bytes))
     }
 }
 
@@ -160,16 +202,24 @@ pub struct Pick<'a> {
 pub const SLACK: f64 = 1.0 / (1 << 22) as f64;
 
 impl Keep {
-    /// What a logit must reach for one to be needed whose rivals are at least `bounds`, in any order
-    /// (which changes): negative infinity if all are needed.
-    pub fn threshold(self, bounds: &mut [f32]) -> f32 {
+    /// How many of the largest logits say what the others must reach.
+    pub fn rivals(self) -> usize {
+        match self {
+            Keep::Largest(k) => k,
+            Keep::Within(_) => 1,
+        }
+    }
+
+    /// What a logit must reach for one to be needed whose rivals are `logits`, in any order (which
+    /// changes): negative infinity if all are needed.
+    pub fn threshold(self, logits: &mut [f32]) -> f32 {
         match self {
             Keep::Largest(0) => f32::INFINITY,
-            Keep::Largest(k) if k > bounds.len() => f32::NEG_INFINITY,
-            Keep::Largest(1) => bounds.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)),
-            Keep::Largest(k) => *bounds.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1,
+            Keep::Largest(k) if k > logits.len() => f32::NEG_INFINITY,
+            Keep::Largest(1) => logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)),
+            Keep::Largest(k) => *logits.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1,
             Keep::Within(margin) => {
-                let largest = bounds.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
+                let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
                 let largest = f64::from(largest);
                 // l + SLACK |l| >= least follows from l >= least - 2 SLACK |least|, and never the
                 // other way round.
@@ -187,10 +237,10 @@ mod tests {
 
     #[test]
     fn a_screen_has_the_bytes_of_its_shape() {
-        let len = byte_len(17, 5).unwrap();
-        assert_eq!(len, 2 * (2 * 64 + 192));
-        assert!(Screen::new(17, 5, vec![0; len].into()).is_ok());
-        assert!(Screen::new(17, 5, vec![0; len - 1].into()).is_err());
+        let len = byte_len(17, 130).unwrap();
+        assert_eq!(len, 2 * (2 * (16 * 128 * 5 / 8 + 64) + 192) + 4 * 130);
+        assert!(Screen::new(17, 130, vec![0; len].into()).is_ok());
+        assert!(Screen::new(17, 130, vec![0; len - 1].into()).is_err());
         assert!(Screen::new(0, 5, Bytes::new()).is_err());
         assert!(Screen::new(usize::MAX, 60_000, Bytes::new()).is_err());
         assert!(Screen::new(1, 1 << 17, Bytes::new()).is_err());

@@ -656,8 +656,9 @@ mod tests {
         let macs = 2_084_044_800.0 - 1.25 * 530_841_600.0;
         assert_eq!(work.ternary_macs, macs);
         assert_eq!(work.ternary_bytes, macs / 4.0);
-        // A code per element, and three numbers.
-        let head = 128_256.0 * (2560.0 + 12.0 + 0.001 * 5120.0);
+        // 5 bits per element, a byte per 32 of them, three numbers per row, one per column.
+        let screen = 128_256.0 * (2560.0 * (5.0 / 8.0 + 1.0 / 32.0) + 12.0) + 2560.0 * 4.0;
+        let head = screen + 128_256.0 * 0.001 * 5120.0;
         assert!((work.head_bytes - head).abs() < 1.0, "{}", work.head_bytes);
         assert!((work.head_macs - 328_335.36).abs() < 1.0, "{}", work.head_macs);
         // Two tokens may need different rows: half of them each, together all.

@@ -240,7 +240,7 @@ fn other_versions_and_broken_descriptions_are_refused() {
     let folder = folder();
     let folder = folder.path();
     for (from, to, words) in [
-        (r#""version":"1""#, r#""version":"2""#, "version `2` and this program reads version 1"),
+        (r#""version":"2""#, r#""version":"1""#, "version `1` and this program reads version 2"),
         (r#"\"kv_heads\":2"#, r#"\"kv_heads\":3"#, "4 heads of 64 for 3 key/value heads"),
         (r#"\"kv_heads\":2"#, r#"\"kv_heads\":0"#, "`kv_heads` 0: 1 to 4 are possible"),
         (r#"\"rope\":0"#, r#"\"rope\":1"#, "layer 0 is impossible"),

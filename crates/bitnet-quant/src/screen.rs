@@ -1,17 +1,19 @@
 //! Screens of output heads: making them, and the bounds that they give.
 //!
-//! A row `w` of the head becomes int8 codes `c` and a scale `s`; a normed hidden state `h` becomes
-//! integers `q` of 14 bits and a scale `t`. Then `s t (c · q)` is near the logit, and Cauchy-Schwarz
-//! bounds the distance by the stored norm of `w - s c` and the known norm of `h - t q`. The
-//! inequality with every rounding is proved in docs/numerics.md.
+//! The columns of the head are first divided by weights, so that all are about equally large, and the
+//! elements of a hidden state are multiplied with them. Then a row `w` becomes codes of 5 bits with a
+//! step for each group of 32 columns, a multiple of the row's scale; a normed hidden state `h` becomes
+//! integers `q` of 14 bits and a scale `t`. With `v` the values that the codes stand for, `t (v · q)` is
+//! near the logit, and Cauchy-Schwarz bounds the distance by the stored norm of `w - v` and the known
+//! norm of `h - t q`. The inequality with every rounding is proved in docs/numerics.md.
 //!
-//! The layout is one blob of bands of 16 rows ([`bitnet_core::screen`]): first the codes plus 128,
-//! in tiles of four columns, row after row of the band within a tile; then 16 scales, 16 norms of
-//! errors, 16 norms. A code plus 128 is an unsigned byte and a plane of the input is 7 bits with
-//! sign, so that vpmaddubsw sums two products in 16 bits without saturating
-//! (`2 * 255 * 64 = 32 640`).
+//! The layout is that of [`bitnet_core::screen`]. A code is an unsigned byte below 32 and a plane of
+//! the input is 7 bits with sign, so that the products of a group's 32 columns, two of them in
+//! vpmaddubsw and eight of those sums, fit 16 bits (`16 * 31 * 64 = 31 744`).
 
-use bitnet_core::screen::{COLS, ROWS, Screen, ScreenBand, TILE};
+use bitnet_core::screen::{
+    BLOCK_COLS, Block, COLS, GROUP, ROWS, STEPS, Screen, ScreenBand, TILE, TILES,
+};
 use bitnet_core::{Error, Tensor, mmap, numerics};
 use bytes::Bytes;
 use rayon::prelude::*;
@@ -23,8 +25,20 @@ pub use bitnet_core::screen::byte_len;
 /// Largest magnitude of a quantised input: `128 * 63 + 63`.
 const LARGEST: f64 = 8127.0;
 
-/// Largest magnitude of a code.
-const CODE: f32 = 127.0;
+/// Groups of columns in a block.
+const GROUPS: usize = BLOCK_COLS / GROUP;
+
+/// Sets of four columns in a group.
+const QUADS: usize = GROUP / COLS;
+
+/// Code `c` stands for `c - CENTER` steps.
+const CENTER: f32 = 15.5;
+
+/// Most scales that a step can be.
+const MOST: f32 = 255.0;
+
+/// Rows whose columns are summed together while the weights of the columns are found.
+const ROWS_PER_SUM: usize = 4096;
 
 /// Makes the screen of a head `[vocabulary, hidden]` of any type that heads come in.
 ///
@@ -32,20 +46,27 @@ const CODE: f32 = 127.0;
 /// If the head is empty or too wide.
 pub fn build(table: &Tensor) -> Result<Screen, Error> {
     let (rows, cols) = (table.rows(), table.cols());
-    let Some(len) = byte_len(rows, cols).filter(|&len| len > 0) else {
+    let Some(len) = byte_len(rows, cols).filter(|_| rows > 0 && cols > 0) else {
         return Screen::new(rows, cols, Bytes::new());
     };
-    let band = len / rows.div_ceil(ROWS);
+    let bands = rows.div_ceil(ROWS);
     let fill = |bytes: &mut [u8]| {
-        bytes.par_chunks_exact_mut(band).enumerate().for_each_init(
+        let weights = column_weights(table);
+        let inverses: Vec<f32> =
+            weights.iter().map(|&weight| if weight == 0.0 { 0.0 } else { 1.0 / weight }).collect();
+        let (codes, end) = bytes.split_at_mut(len - 4 * cols);
+        for (bytes, weight) in end.as_chunks_mut().0.iter_mut().zip(&weights) {
+            *bytes = weight.to_le_bytes();
+        }
+        codes.par_chunks_exact_mut(codes.len() / bands).enumerate().for_each_init(
             || vec![0.0; cols],
             |values, (index, band)| {
                 let first = index * ROWS;
-                let (codes, numbers) = band.split_at_mut(band.len() - 3 * ROWS * 4);
-                codes.fill(128);
+                let (blocks, numbers) = band.split_at_mut(band.len() - 3 * ROWS * 4);
                 for row in 0..ROWS.min(rows - first) {
                     decode_row(table.dtype(), table.row(first + row), values);
-                    let (scale, error, norm) = quantize(values, row, codes.as_chunks_mut().0);
+                    values.iter_mut().zip(&inverses).for_each(|(value, inverse)| *value *= inverse);
+                    let (scale, error, norm) = quantize(values, row, blocks.as_chunks_mut().0);
                     for (place, number) in [scale, error, norm].into_iter().enumerate() {
                         let at = 4 * (place * ROWS + row);
                         numbers[at..at + 4].copy_from_slice(&number.to_le_bytes());
@@ -57,42 +78,79 @@ pub fn build(table: &Tensor) -> Result<Screen, Error> {
     Screen::new(rows, cols, mmap::filled(len, fill)?)
 }
 
-/// Writes the codes of one row and returns scale, norm of the error and norm.
-fn quantize(values: &[f32], row: usize, tiles: &mut [[u8; TILE]]) -> (f32, f32, f32) {
-    let scale = numerics::max_abs(values) / CODE;
+/// The power of two nearest to the root mean square of each column, 0 for a column of zeros: dividing
+/// by it is exact.
+fn column_weights(table: &Tensor) -> Vec<f32> {
+    let (rows, cols) = (table.rows(), table.cols());
+    let firsts: Vec<usize> = (0..rows).step_by(ROWS_PER_SUM).collect();
+    let sum = |&first: &usize| {
+        let (mut values, mut squares) = (vec![0.0; cols], vec![0.0f64; cols]);
+        for row in first..rows.min(first + ROWS_PER_SUM) {
+            decode_row(table.dtype(), table.row(row), &mut values);
+            for (sum, &value) in squares.iter_mut().zip(&values) {
+                *sum += f64::from(value) * f64::from(value);
+            }
+        }
+        squares
+    };
+    let parts: Vec<Vec<f64>> = firsts.par_iter().map(sum).collect();
+    let weight = |col: usize| {
+        let sum: f64 = parts.iter().map(|part| part[col]).sum();
+        if sum == 0.0 {
+            return 0.0;
+        }
+        // Half of the exponent of twice the mean square, rounded down: that of the root, rounded to
+        // the nearest.
+        let bits = (2.0 * sum / rows as f64).to_bits();
+        let exponent = ((bits >> 52) as i32 - 1023).div_euclid(2);
+        f32::from_bits(((exponent.clamp(-126, 126) + 127) as u32) << 23)
+    };
+    (0..cols).map(weight).collect()
+}
+
+/// Writes the codes and steps of one row and returns scale, norm of the error and norm.
+fn quantize(values: &[f32], row: usize, blocks: &mut [Block]) -> (f32, f32, f32) {
+    let scale = numerics::max_abs(values) / (CENTER * MOST);
     if !scale.is_normal() {
-        // Too small (or not finite) to divide by: all codes stay 0, and the error is the row.
+        // Too small (or not finite) to divide by: all steps stay 0, and the error is the row.
         let squares: f64 = values.iter().map(|&w| f64::from(w) * f64::from(w)).sum();
         let norm = upper(squares.sqrt());
         return (0.0, norm, norm);
     }
     let inverse = 1.0 / scale;
     // Everything in units of the scale, so that no square underflows.
-    const WIDTH: usize = 16;
-    let (mut errors, mut squares) = ([0.0f32; WIDTH], [0.0f32; WIDTH]);
-    for (values, tiles) in values.chunks(WIDTH).zip(tiles.chunks_mut(WIDTH / COLS)) {
-        let mut padded = [0.0; WIDTH];
-        padded[..values.len()].copy_from_slice(values);
-        let mut codes = [0u8; WIDTH];
-        for i in 0..WIDTH {
-            let y = padded[i] * inverse;
-            let code = numerics::round_to_i32(y);
-            let rest = y - code as f32;
-            errors[i] += rest * rest;
-            squares[i] += y * y;
-            codes[i] = (code + 128) as u8;
+    let (mut errors, mut squares) = ([0.0f32; GROUP], [0.0f32; GROUP]);
+    for (index, values) in values.chunks(GROUP).enumerate() {
+        let step = (numerics::max_abs(values) * inverse / CENTER).ceil().min(MOST);
+        let per_step = if step == 0.0 { 0.0 } else { 1.0 / step };
+        let mut codes = [0u8; GROUP];
+        let sums = errors.iter_mut().zip(&mut squares);
+        for ((value, code), (error, square)) in values.iter().zip(&mut codes).zip(sums) {
+            let y = value * inverse;
+            let nearest = numerics::round_to_i32(y * per_step + CENTER).clamp(0, 31);
+            let rest = y - step * (nearest as f32 - CENTER);
+            *error += rest * rest;
+            *square += y * y;
+            *code = nearest as u8;
         }
-        for (tile, codes) in tiles.iter_mut().zip(codes.as_chunks::<COLS>().0) {
-            tile[COLS * row..][..COLS].copy_from_slice(codes);
+        let (block, group) = (&mut blocks[index / GROUPS], index % GROUPS);
+        block[ROWS * group + row] = step as u8;
+        let (tiles, _) = block[STEPS + group * TILES * TILE..].as_chunks_mut::<TILE>();
+        let (quads, _) = codes.as_chunks::<COLS>();
+        for (quad, codes) in quads.iter().enumerate() {
+            for (i, code) in codes.iter().enumerate() {
+                tiles[quad / 2][COLS * row + i] |= (code & 15) << (4 * (quad % 2));
+                tiles[TILES - 1][COLS * row + i] |= (code >> 4) << ((quad + 4) % 8);
+            }
         }
     }
-    // The roundings of the sums are within 2^-11 of them, those of `y` within 2^-15 of each element.
-    let inexact = (values.len() as f64).sqrt() / 32_768.0;
-    let length = |sums: [f32; WIDTH]| {
+    // The roundings of the sums are within 2^-11 of them, and `y` is within 2^-22 of itself.
+    let length = |sums: [f32; GROUP]| {
         let sum: f64 = sums.iter().map(|&sum| f64::from(sum)).sum();
-        f64::from(scale) * (sum.sqrt() * (1.0 + 1.0 / 2048.0) + inexact)
+        f64::from(scale) * sum.sqrt() * (1.0 + 1.0 / 2048.0)
     };
-    let (error, norm) = (length(errors), length(squares));
+    let norm = length(squares) * (1.0 + 1.0 / (1 << 21) as f64);
+    let error = length(errors) + norm / (1 << 21) as f64;
     (scale, upper(error), upper(norm + error))
 }
 
@@ -105,14 +163,15 @@ fn upper(value: f64) -> f32 {
 #[derive(Debug, Default, Clone)]
 pub struct Input {
     /// For each four columns their high planes, then their low planes: `q = 128 high + low`, both
-    /// planes in -64..=63. The columns beyond the head's are 0.
+    /// planes in -64..=63. The columns of padding are 0.
     pub planes: Vec<[[i8; COLS]; 2]>,
+    /// Of each group of columns the sum of `q`, times what code 0 is below zero: 15.5.
+    pub centers: Vec<f32>,
     scale: f64,
-    /// At least the norm of the state, and that of what the planes leave of it.
+    /// At least the norm of the state, and that of what the planes leave of it, each element times
+    /// the weight of its column.
     norm: f64,
     residual: f64,
-    /// Sums of the planes, 128 times.
-    offsets: [i32; 2],
     /// Relative error of the head's own dot product and of the bounds' rounding.
     relative: f64,
     /// Of its underflows.
@@ -120,85 +179,100 @@ pub struct Input {
 }
 
 impl Input {
-    /// Takes a normed hidden state in. Returns false for one that has no bounds because it is
-    /// not finite.
-    pub fn set(&mut self, state: &[f32]) -> bool {
+    /// Takes in a normed hidden state for `screen`. Returns false for one that has no bounds because
+    /// it is not finite, and leaves zeros.
+    ///
+    /// # Panics
+    /// If the state has another width than the screen.
+    pub fn set(&mut self, state: &[f32], screen: &Screen) -> bool {
+        assert_eq!(state.len(), screen.cols());
+        let groups = state.len().div_ceil(BLOCK_COLS) * GROUPS;
+        self.planes.clear();
+        self.planes.resize(groups * QUADS, [[0; COLS]; 2]);
+        self.centers.clear();
+        self.centers.resize(groups, 0.0);
         if !state.iter().all(|h| h.is_finite()) {
             return false;
         }
-        self.scale = f64::from(numerics::max_abs(state)) / LARGEST;
+        let weighted =
+            || state.iter().zip(screen.column_weights()).map(|(&h, w)| f64::from(h) * f64::from(w));
+        self.scale = weighted().fold(0.0, |most: f64, h| most.max(h.abs())) / LARGEST;
         let inverse = if self.scale == 0.0 { 0.0 } else { 1.0 / self.scale };
-        self.planes.clear();
         let (mut squares, mut residuals) = (0.0, 0.0);
-        let mut sums = [0i32; 2];
-        for four in state.chunks(COLS) {
-            let mut planes = [[0; COLS]; 2];
-            for (i, &h) in four.iter().enumerate() {
-                let h = f64::from(h);
-                let q = (h * inverse).clamp(-LARGEST, LARGEST).round_ties_even();
-                let rest = h - self.scale * q;
-                squares += h * h;
-                residuals += rest * rest;
-                let q = q as i32;
-                let low = ((q + 64) & 127) - 64;
-                let high = (q - low) >> 7;
-                sums[0] += high;
-                sums[1] += low;
-                planes[0][i] = high as i8;
-                planes[1][i] = low as i8;
-            }
-            self.planes.push(planes);
+        for (k, h) in weighted().enumerate() {
+            let q = (h * inverse).clamp(-LARGEST, LARGEST).round_ties_even();
+            let rest = h - self.scale * q;
+            squares += h * h;
+            residuals += rest * rest;
+            self.centers[k / GROUP] += CENTER * q as f32;
+            let q = q as i32;
+            let low = ((q + 64) & 127) - 64;
+            self.planes[k / COLS][0][k % COLS] = ((q - low) >> 7) as i8;
+            self.planes[k / COLS][1][k % COLS] = low as i8;
         }
         let generous = 1.0 + 1.0 / (1u64 << 30) as f64;
         self.norm = squares.sqrt() * generous;
         self.residual = residuals.sqrt() * generous + self.norm / (1u64 << 50) as f64;
-        self.offsets = sums.map(|sum| 128 * sum);
-        let roundings = (state.len().div_ceil(numerics::LANES) + 5) as f64;
         let unit = 1.0 / (1 << 24) as f64;
-        self.relative = roundings * unit / (1.0 - roundings * unit) + 8.0 * unit;
+        let error = |roundings: usize| {
+            let error = roundings as f64 * unit;
+            error / (1.0 - error)
+        };
+        let full = error(state.len().div_ceil(numerics::LANES) + 5);
+        self.relative = full + error(groups) + 8.0 * unit;
         self.absolute = state.len() as f64 * f64::from(f32::from_bits(2));
         true
     }
 
-    /// Bounds of the logits of a band from the sums of code plus 128 times each plane,
-    /// `sums[plane][row]`. A row whose logit may leave the range of f32 has infinite bounds.
+    /// What the logit of a row is near and how far from it at most, from the row's [`products`]. A
+    /// row whose logit may leave the range of f32 has an infinite bound.
     #[inline(always)]
-    pub fn bounds(
-        &self,
-        band: &ScreenBand<'_>,
-        sums: &[[i32; ROWS]; 2],
-        lower: &mut [f32; ROWS],
-        upper: &mut [f32; ROWS],
-    ) {
-        for row in 0..ROWS {
-            let plane = |p: usize| f64::from(sums[p][row].wrapping_sub(self.offsets[p]));
-            let product = 128.0 * plane(0) + plane(1);
-            let approximate = f64::from(band.scale(row)) * self.scale * product;
-            let norm = f64::from(band.norm(row));
-            let bound = f64::from(band.error(row)) * self.norm
-                + norm * (self.residual + self.relative * (self.norm + self.residual))
-                + self.absolute;
-            let large = norm * self.norm > 1e38;
-            let bound = if large { f64::INFINITY } else { bound };
-            lower[row] = (approximate - bound) as f32;
-            upper[row] = (approximate + bound) as f32;
+    pub fn bound(&self, band: &ScreenBand<'_>, row: usize, product: f32) -> (f64, f64) {
+        let approximate = f64::from(band.scale(row)) * self.scale * f64::from(product);
+        let norm = f64::from(band.norm(row));
+        let bound = f64::from(band.error(row)) * self.norm
+            + norm * (self.residual + self.relative * (self.norm + self.residual))
+            + self.absolute;
+        let large = norm * self.norm > 1e38;
+        (approximate, if large { f64::INFINITY } else { bound })
+    }
+
+    /// Turns the [`products`] of a band into upper bounds of its logits.
+    #[inline(always)]
+    pub fn upper_bounds(&self, band: &ScreenBand<'_>, products: &mut [f32; ROWS]) {
+        for (row, product) in products.iter_mut().enumerate() {
+            let (approximate, bound) = self.bound(band, row, *product);
+            *product = (approximate + bound) as f32;
         }
     }
 }
 
-/// The sums that [`Input::bounds`] takes, in plain loops.
-pub fn sums(tiles: &[[u8; TILE]], planes: &[[[i8; COLS]; 2]]) -> [[i32; ROWS]; 2] {
-    let mut sums = [[0i32; ROWS]; 2];
-    for (tile, planes) in tiles.iter().zip(planes) {
-        for (sums, plane) in sums.iter_mut().zip(planes) {
-            for (sum, codes) in sums.iter_mut().zip(tile.as_chunks::<COLS>().0) {
-                for (code, q) in codes.iter().zip(plane) {
-                    *sum += i32::from(*code) * i32::from(*q);
+/// The products of a band's rows with an input, in units of their scales: of each group of columns
+/// the exact sum, rounded once, times the step, added in ascending order by fused multiply-adds.
+#[inline(always)]
+pub fn products(blocks: &[Block], input: &Input) -> [f32; ROWS] {
+    let mut products = [0.0f32; ROWS];
+    let (planes, _) = input.planes.as_chunks::<QUADS>();
+    let groups = blocks.iter().flat_map(|block| (0..GROUPS).map(move |group| (block, group)));
+    for ((block, group), (planes, center)) in groups.zip(planes.iter().zip(&input.centers)) {
+        let (tiles, _) = block[STEPS + group * TILES * TILE..].as_chunks::<TILE>();
+        let mut sums = [[0i32; ROWS]; 2];
+        for (quad, planes) in planes.iter().enumerate() {
+            let tiles = tiles[quad / 2].iter().zip(&tiles[TILES - 1]);
+            for (i, (low, fifth)) in tiles.enumerate() {
+                let code = low >> (4 * (quad % 2)) & 15 | (fifth >> ((quad + 4) % 8) & 1) << 4;
+                for (sums, plane) in sums.iter_mut().zip(planes) {
+                    sums[i / COLS] += i32::from(code) * i32::from(plane[i % COLS]);
                 }
             }
         }
+        for (row, product) in products.iter_mut().enumerate() {
+            let sum = 128 * sums[0][row] + sums[1][row];
+            let step = f32::from(block[ROWS * group + row]);
+            *product = step.mul_add(sum as f32 - center, *product);
+        }
     }
-    sums
+    products
 }
 
 #[cfg(test)]
@@ -212,22 +286,21 @@ mod tests {
     fn worst(table: &Tensor, state: &[f32]) -> f64 {
         let screen = build(table).unwrap();
         let mut input = Input::default();
-        assert!(input.set(state));
+        assert!(input.set(state, &screen));
         let mut values = vec![0.0; table.cols()];
         let mut worst = 0.0f64;
         for row in 0..table.rows() {
             let band = screen.band(row / ROWS);
-            let (mut lower, mut upper) = ([0.0; ROWS], [0.0; ROWS]);
-            input.bounds(&band, &sums(band.tiles, &input.planes), &mut lower, &mut upper);
+            let mut products = products(band.blocks, &input);
+            let (middle, bound) = input.bound(&band, row % ROWS, products[row % ROWS]);
+            input.upper_bounds(&band, &mut products);
             decode_row(table.dtype(), table.row(row), &mut values);
             let exact = numerics::dot(&values, state);
-            let (lower, upper) = (lower[row % ROWS], upper[row % ROWS]);
+            let (lower, upper) = ((middle - bound) as f32, products[row % ROWS]);
             let within = lower <= exact && exact <= upper;
             assert!(within || upper == f32::INFINITY, "row {row}: {lower} {exact} {upper}");
-            if upper > lower && upper.is_finite() {
-                let (lower, upper) = (f64::from(lower), f64::from(upper));
-                let middle = (lower + upper) / 2.0;
-                worst = worst.max((f64::from(exact) - middle).abs() / (upper - lower) * 2.0);
+            if bound > 0.0 && bound.is_finite() {
+                worst = worst.max((f64::from(exact) - middle).abs() / bound);
             }
         }
         worst
@@ -252,12 +325,9 @@ mod tests {
                 let mut one = vec![0.0; cols];
                 one[random.below(cols)] = size;
                 worst(&table, &one);
-                // The error of a row itself: nothing is farther from its approximation.
-                let row = &values[cols..2 * cols];
-                let scale = numerics::max_abs(row) / CODE;
-                let error = |w: &f32| w / scale - (w / scale).round();
-                let aligned: Vec<f32> = row.iter().map(|w| error(w) * size).collect();
-                if scale.is_normal() && aligned.iter().all(|h| h.is_finite()) {
+                // What the codes leave of a row: no state is farther from its approximation.
+                let aligned: Vec<f32> = rest(&table, 1).iter().map(|rest| rest * size).collect();
+                if exponent > -126 && aligned.iter().all(|h| h.is_finite()) {
                     let share = worst(&table, &aligned);
                     let ordinary = other > -126 && (exponent + other).abs() < 100;
                     assert!(share > 0.9 || !ordinary, "2^{exponent}, 2^{other}: {share}");
@@ -267,11 +337,59 @@ mod tests {
         }
     }
 
+    /// What the codes of a row leave of it, in units of its scale and divided once more by the
+    /// weights of the columns, so that a hidden state in this direction has it all.
+    fn rest(table: &Tensor, row: usize) -> Vec<f32> {
+        let screen = build(table).unwrap();
+        let band = screen.band(row / ROWS);
+        let mut values = vec![0.0; table.cols()];
+        decode_row(table.dtype(), table.row(row), &mut values);
+        values
+            .iter()
+            .zip(screen.column_weights())
+            .enumerate()
+            .map(|(k, (&value, weight))| {
+                // One column alone: its product is its code's value.
+                let mut state = vec![0.0; table.cols()];
+                state[k] = 1.0 / weight;
+                let mut input = Input::default();
+                assert!(input.set(&state, &screen));
+                let worth = products(band.blocks, &input)[row % ROWS] / LARGEST as f32;
+                (value / weight / band.scale(row % ROWS) - worth) / weight
+            })
+            .map(|rest| if rest.is_finite() { rest } else { 0.0 })
+            .collect()
+    }
+
+    #[test]
+    fn columns_of_any_sizes_are_equally_precise() {
+        let mut random = Random::new(9);
+        let (rows, cols) = (64, 160);
+        let plain: Vec<f32> = (0..rows * cols).map(|_| normal(&mut random)).collect();
+        // Powers of four, so that the weights take them up whole.
+        let factor = |k: usize| ((k % 23) as f32 * 2.0 - 20.0).exp2();
+        let uneven: Vec<f32> = (0..rows * cols).map(|i| plain[i] * factor(i % cols)).collect();
+        let state: Vec<f32> = (0..cols).map(|_| normal(&mut random)).collect();
+        let other: Vec<f32> = (0..cols).map(|k| state[k] / factor(k)).collect();
+        let bounds = |values: &[f32], state: &[f32]| -> Vec<f64> {
+            let screen = build(&Tensor::from_f32(vec![rows, cols], values)).unwrap();
+            let mut input = Input::default();
+            assert!(input.set(state, &screen));
+            (0..rows).map(|row| input.bound(&screen.band(row / ROWS), row % ROWS, 0.0).1).collect()
+        };
+        let (even, uneven) = (bounds(&plain, &state), bounds(&uneven, &other));
+        for (even, uneven) in even.iter().zip(uneven) {
+            assert!((uneven / even - 1.0).abs() < 1e-6, "{even} {uneven}");
+        }
+    }
+
     #[test]
     fn states_that_are_not_finite_have_no_bounds() {
-        assert!(!Input::default().set(&[1.0, f32::NAN]));
-        assert!(!Input::default().set(&[f32::INFINITY, 0.0]));
-        assert!(Input::default().set(&[f32::MAX, -f32::MAX]));
+        let screen = build(&Tensor::from_f32(vec![1, 2], &[1.0, 2.0])).unwrap();
+        let set = |state: [f32; 2]| Input::default().set(&state, &screen);
+        assert!(!set([1.0, f32::NAN]));
+        assert!(!set([f32::INFINITY, 0.0]));
+        assert!(set([f32::MAX, -f32::MAX]));
     }
 
     #[test]
@@ -279,10 +397,9 @@ mod tests {
         for byte in [0u8, 127, 128, 255] {
             let screen = Screen::new(5, 9, vec![byte; byte_len(5, 9).unwrap()].into()).unwrap();
             let mut input = Input::default();
-            assert!(input.set(&[-f32::MAX; 9]));
+            input.set(&[-f32::MAX; 9], &screen);
             let band = screen.band(0);
-            let sums = sums(band.tiles, &input.planes);
-            input.bounds(&band, &sums, &mut [0.0; ROWS], &mut [0.0; ROWS]);
+            input.upper_bounds(&band, &mut products(band.blocks, &input));
         }
     }
 

@@ -23,7 +23,7 @@ instantiate! {
     name: "avx2",
     ternary_int8: ternary_int8,
     sparse: sparse::avx2::TABLE,
-    screen_sums: screen_sums,
+    upper_bounds: screen::avx2::upper_bounds,
     decode_f16: decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "avx2,fma,f16c")]
@@ -372,40 +372,4 @@ unsafe fn pass<const T: usize>(
             _mm256_storeu_si256(start.add(1), wide[1]);
         }
     }
-}
-
-/// See [`Kernels::screen_sums`]. vpmaddubsw cannot saturate here: two products are at most
-/// `2 * 255 * 64`.
-///
-/// # Safety
-/// `planes` has as many elements as `tiles`.
-#[target_feature(enable = "avx2")]
-unsafe fn screen_sums(tiles: &[[u8; screen::TILE]], planes: &[Planes]) -> [[i32; screen::ROWS]; 2] {
-    let ones = _mm256_set1_epi16(1);
-    // [plane][half of the rows]
-    let mut sums = [[_mm256_setzero_si256(); 2]; 2];
-    for (tile, planes) in tiles.iter().zip(planes) {
-        // SAFETY: a tile has 64 bytes.
-        let codes = unsafe {
-            let start = tile.as_ptr().cast::<__m256i>();
-            [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-        };
-        for (sums, plane) in sums.iter_mut().zip(planes) {
-            let four = _mm256_set1_epi32(i32::from_ne_bytes(plane.map(|q| q as u8)));
-            for (sum, codes) in sums.iter_mut().zip(codes) {
-                let pairs = _mm256_maddubs_epi16(codes, four);
-                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(pairs, ones));
-            }
-        }
-    }
-    let mut out = [[0; screen::ROWS]; 2];
-    for (out, sums) in out.iter_mut().zip(sums) {
-        // SAFETY: 16 32-bit elements, two registers of eight.
-        unsafe {
-            let start = out.as_mut_ptr().cast::<__m256i>();
-            _mm256_storeu_si256(start, sums[0]);
-            _mm256_storeu_si256(start.add(1), sums[1]);
-        }
-    }
-    out
 }

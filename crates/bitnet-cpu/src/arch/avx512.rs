@@ -20,7 +20,7 @@ instantiate! {
     name: "avx512",
     ternary_int8: ternary_int8,
     sparse: sparse::avx512::TABLE,
-    screen_sums: screen_sums,
+    upper_bounds: screen::avx512::upper_bounds,
     decode_f16: avx2::decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -169,42 +169,4 @@ unsafe fn pass<const T: usize, const CHAINS: usize>(
         // SAFETY: as above.
         unsafe { _mm512_storeu_si512(acc, sum) };
     }
-}
-
-/// See [`Kernels::screen_sums`]. Each plane has four sums, so that one need not wait for the one
-/// before.
-///
-/// # Safety
-/// `planes` has as many elements as `tiles`.
-#[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
-unsafe fn screen_sums(tiles: &[[u8; screen::TILE]], planes: &[Planes]) -> [[i32; screen::ROWS]; 2] {
-    const CHAINS: usize = 4;
-    let mut sums = [[_mm512_setzero_si512(); 2]; CHAINS];
-    let add = |sums: &mut [__m512i; 2], tile: &[u8; screen::TILE], planes: &Planes| {
-        // SAFETY: a tile has 64 bytes.
-        let codes = unsafe { _mm512_loadu_si512(tile.as_ptr().cast()) };
-        for (sum, plane) in sums.iter_mut().zip(planes) {
-            let four = _mm512_set1_epi32(i32::from_ne_bytes(plane.map(|q| q as u8)));
-            *sum = _mm512_dpbusd_epi32(*sum, codes, four);
-        }
-    };
-    // Groups of a fixed size, so that the sums stay in registers.
-    let (tiles, tiles_rest) = tiles.as_chunks::<CHAINS>();
-    let (planes, planes_rest) = planes.as_chunks::<CHAINS>();
-    for (tiles, planes) in tiles.iter().zip(planes) {
-        for chain in 0..CHAINS {
-            add(&mut sums[chain], &tiles[chain], &planes[chain]);
-        }
-    }
-    for (tile, planes) in tiles_rest.iter().zip(planes_rest) {
-        add(&mut sums[0], tile, planes);
-    }
-    let mut out = [[0; screen::ROWS]; 2];
-    for (plane, out) in out.iter_mut().enumerate() {
-        let [a, b, c, d] = sums.map(|sums| sums[plane]);
-        let sum = _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d));
-        // SAFETY: `out` has 16 32-bit elements.
-        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), sum) };
-    }
-    out
 }

@@ -5,7 +5,7 @@
 //! [`instantiate`]), which the compiler vectorises. Strict IEEE semantics and fused multiply-adds
 //! make all copies give the same bits. Only the integer product of ternary weights, whose
 //! instructions no compiler finds by itself, is written by hand for each; [`sparse`] has the products
-//! of chosen rows or columns alone.
+//! of chosen rows or columns alone, [`screen`] those of the screened output head.
 //!
 //! [`Kernels`] is the table of one instruction set. A table is handed out only by
 //! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
@@ -24,11 +24,11 @@ mod generic;
 mod neon;
 mod passes;
 mod scalar;
+mod screen;
 mod sparse;
 
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
-use bitnet_core::screen;
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
@@ -43,10 +43,6 @@ pub(crate) type Tile = [u8; tile::BYTES];
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
 type NormQuantize = unsafe fn(&[f32], &[f32], f32, &mut [f32], &mut [i8]) -> QuantizedRow;
-/// Four columns of a screen's input: high planes, then low planes.
-pub(crate) type Planes = [[i8; screen::COLS]; 2];
-
-type ScreenSums = unsafe fn(&[[u8; screen::TILE]], &[Planes]) -> [[i32; screen::ROWS]; 2];
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
 
 /// Asks for a line of memory that is soon read or written. The address need not be a valid one.
@@ -73,7 +69,7 @@ pub(crate) struct Kernels {
     /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.
     pub(crate) name: &'static str,
     ternary_int8: TernaryInt8,
-    screen_sums: ScreenSums,
+    upper_bounds: screen::UpperBounds,
     ternary_f32: TernaryF32,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
     quantize_row: unsafe fn(&[f32], &mut [i8]) -> QuantizedRow,
@@ -130,21 +126,6 @@ impl Kernels {
         // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that the
         // kernels read, as just checked.
         unsafe { (self.ternary_int8)(tiles, q, stride, acc) }
-    }
-
-    /// [`bitnet_quant::screen::sums`] of a band.
-    ///
-    /// # Panics
-    /// If there are not as many planes as tiles.
-    pub(crate) fn screen_sums(
-        &self,
-        tiles: &[[u8; screen::TILE]],
-        planes: &[Planes],
-    ) -> [[i32; screen::ROWS]; 2] {
-        assert_eq!(tiles.len(), planes.len());
-        // SAFETY: the CPU has the instructions (see `Kernels`); the functions read one element of
-        // `planes` for each of `tiles`.
-        unsafe { (self.screen_sums)(tiles, planes) }
     }
 
     /// `sums[t][r] = sum over k of weight(r, k) * x[t * stride + k]` in four accumulators by
@@ -230,7 +211,7 @@ macro_rules! instantiate {
         name: $name:expr,
         ternary_int8: $ternary_int8:path,
         sparse: $sparse:path,
-        screen_sums: $screen_sums:path,
+        upper_bounds: $upper_bounds:path,
         decode_f16: $decode_f16:path,
         lanes: $lanes:ty,
         $(#[$features:meta])?
@@ -321,7 +302,7 @@ macro_rules! instantiate {
         pub(super) static KERNELS: Kernels = Kernels {
             name: $name,
             ternary_int8: $ternary_int8,
-            screen_sums: $screen_sums,
+            upper_bounds: $upper_bounds,
             ternary_f32,
             rms_norm,
             quantize_row,
@@ -348,11 +329,11 @@ use instantiate;
 mod parts {
     pub(super) use super::attention::{self, Attention, Lanes, Room};
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Planes, Tile, generic, instantiate, passes, sparse, tile,
+        BandScale, HeadRow, Kernels, Tile, generic, instantiate, passes, screen, sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;
-    pub(super) use bitnet_core::{DType, numerics, screen};
+    pub(super) use bitnet_core::{DType, numerics};
     pub(super) use bitnet_quant::activation::{self, QuantizedRow};
 }
 
@@ -439,32 +420,6 @@ mod tests {
                     kernels.ternary_int8(&tiles, &q, stride, &mut acc);
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
                 }
-            }
-        }
-    }
-
-    #[test]
-    fn sums_of_screens_hold_at_their_fullest_and_are_exact() {
-        let mut random = bitnet_testing::Random::new(3);
-        let all = all_kernels();
-        for kernels in &all {
-            for (code, q) in [(255u8, -64i8), (255, 63), (0, -64), (1, 1)] {
-                for count in [1, 2, 3, 7, 64, 16_384] {
-                    let sums =
-                        kernels.screen_sums(&vec![[code; 64]; count], &vec![[[q; 4]; 2]; count]);
-                    let sum = i32::from(code) * i32::from(q) * 4 * count as i32;
-                    assert_eq!(sums, [[sum; 16]; 2], "{} {count}", kernels.name);
-                }
-            }
-        }
-        for count in [1, 2, 5, 8, 31] {
-            let tiles: Vec<[u8; 64]> =
-                (0..count).map(|_| std::array::from_fn(|_| random.bits() as u8)).collect();
-            let mut plane = || std::array::from_fn(|_| random.below(128) as i8 - 64);
-            let planes: Vec<Planes> = (0..count).map(|_| [plane(), plane()]).collect();
-            let expected = bitnet_quant::screen::sums(&tiles, &planes);
-            for kernels in &all {
-                assert_eq!(kernels.screen_sums(&tiles, &planes), expected, "{}", kernels.name);
             }
         }
     }

@@ -27,7 +27,7 @@ instantiate! {
     name: "neon",
     ternary_int8: ternary_int8,
     sparse: sparse::neon::TABLE,
-    screen_sums: screen_sums,
+    upper_bounds: screen::neon::upper_bounds,
     decode_f16: decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "neon")]
@@ -337,46 +337,6 @@ unsafe fn pass<const T: usize, S: Codes>(
     }
 }
 
-/// See [`Kernels::screen_sums`]. A code plus 128, its highest bit flipped, is the code with its
-/// sign; 128 times the sums of the planes make up for it.
-///
-/// # Safety
-/// `planes` has as many elements as `tiles`.
-#[target_feature(enable = "neon")]
-unsafe fn screen_sums(tiles: &[[u8; screen::TILE]], planes: &[Planes]) -> [[i32; screen::ROWS]; 2] {
-    let flip = vdupq_n_u8(128);
-    // [plane][four rows]: lanes of pairs, two to a row.
-    let mut sums = [[[vdupq_n_s32(0); 2]; 4]; 2];
-    let mut inputs = [0i32; 2];
-    for (tile, planes) in tiles.iter().zip(planes) {
-        for quarter in 0..4 {
-            // SAFETY: a tile has four times 16 bytes.
-            let codes = unsafe { vld1q_u8(tile.as_ptr().add(16 * quarter)) };
-            let codes = vreinterpretq_s8_u8(veorq_u8(codes, flip));
-            for (sums, plane) in sums.iter_mut().zip(planes) {
-                let four = vdupq_n_s32(i32::from_ne_bytes(plane.map(|q| q as u8)));
-                let four = vreinterpretq_s8_s32(four);
-                let [low, high] = &mut sums[quarter];
-                *low = vpadalq_s16(*low, vmull_s8(vget_low_s8(codes), vget_low_s8(four)));
-                *high = vpadalq_s16(*high, vmull_high_s8(codes, four));
-            }
-        }
-        for (input, plane) in inputs.iter_mut().zip(planes) {
-            *input += plane.iter().map(|&q| i32::from(q)).sum::<i32>();
-        }
-    }
-    let mut out = [[0; screen::ROWS]; 2];
-    for ((out, sums), input) in out.iter_mut().zip(sums).zip(inputs) {
-        let offset = vdupq_n_s32(128 * input);
-        for (quarter, [low, high]) in sums.into_iter().enumerate() {
-            let sum = vaddq_s32(vpaddq_s32(low, high), offset);
-            // SAFETY: `out` has four times four elements.
-            unsafe { vst1q_s32(out.as_mut_ptr().add(4 * quarter), sum) };
-        }
-    }
-    out
-}
-
 /// With `sdot`, which sums four products into each 32-bit lane.
 pub(super) mod dotprod {
     use super::*;
@@ -385,7 +345,7 @@ pub(super) mod dotprod {
         name: "neon with dotprod",
         ternary_int8,
         sparse: &sparse::neon::DOTPROD,
-        screen_sums,
+        upper_bounds: screen::neon::dotprod::upper_bounds,
         ..super::KERNELS
     };
 
@@ -438,43 +398,6 @@ pub(super) mod dotprod {
             );
         }
         sums
-    }
-
-    /// See [`Kernels::screen_sums`] and the function of this name without `sdot`.
-    ///
-    /// # Safety
-    /// `planes` has as many elements as `tiles`.
-    #[target_feature(enable = "neon,dotprod")]
-    unsafe fn screen_sums(
-        tiles: &[[u8; screen::TILE]],
-        planes: &[Planes],
-    ) -> [[i32; screen::ROWS]; 2] {
-        let flip = vdupq_n_u8(128);
-        let mut sums = [[vdupq_n_s32(0); 4]; 2];
-        let mut inputs = [0i32; 2];
-        for (tile, planes) in tiles.iter().zip(planes) {
-            for quarter in 0..4 {
-                // SAFETY: a tile has four times 16 bytes.
-                let codes = unsafe { vld1q_u8(tile.as_ptr().add(16 * quarter)) };
-                let codes = vreinterpretq_s8_u8(veorq_u8(codes, flip));
-                for (sums, plane) in sums.iter_mut().zip(planes) {
-                    let four = vdupq_n_s32(i32::from_ne_bytes(plane.map(|q| q as u8)));
-                    sums[quarter] = dot(sums[quarter], codes, vreinterpretq_s8_s32(four));
-                }
-            }
-            for (input, plane) in inputs.iter_mut().zip(planes) {
-                *input += plane.iter().map(|&q| i32::from(q)).sum::<i32>();
-            }
-        }
-        let mut out = [[0; screen::ROWS]; 2];
-        for ((out, sums), input) in out.iter_mut().zip(sums).zip(inputs) {
-            let offset = vdupq_n_s32(128 * input);
-            for (quarter, sum) in sums.into_iter().enumerate() {
-                // SAFETY: `out` has four times four elements.
-                unsafe { vst1q_s32(out.as_mut_ptr().add(4 * quarter), vaddq_s32(sum, offset)) };
-            }
-        }
-        out
     }
 
     /// See [`Kernels::ternary_int8`].

@@ -32,7 +32,7 @@ instantiate! {
     name: "scalar",
     ternary_int8: ternary_int8,
     sparse: sparse::generic::TABLE,
-    screen_sums: bitnet_quant::screen::sums,
+    upper_bounds: screen::upper_bounds,
     decode_f16: decode_f16,
     lanes: Sixteen,
 }
@@ -112,6 +112,9 @@ impl Lanes for Sixteen {
 
 #[cfg(target_arch = "x86_64")]
 mod fused {
+    use bitnet_core::screen::{ROWS, ScreenBand};
+    use bitnet_quant::screen::Input;
+
     use super::super::parts::*;
     use super::{Sixteen, decode_f16};
 
@@ -121,11 +124,17 @@ mod fused {
         generic::ternary_int8(tiles, q, stride, acc);
     }
 
+    /// See [`Kernels::upper_bounds`].
+    #[target_feature(enable = "fma")]
+    fn upper_bounds(band: &ScreenBand<'_>, inputs: &[Input], out: &mut [[f32; ROWS]]) {
+        screen::upper_bounds(band, inputs, out);
+    }
+
     instantiate! {
         name: "scalar",
         ternary_int8: ternary_int8,
         sparse: sparse::generic::TABLE,
-        screen_sums: bitnet_quant::screen::sums,
+        upper_bounds: upper_bounds,
         decode_f16: decode_f16,
         lanes: Sixteen,
         #[target_feature(enable = "fma")]

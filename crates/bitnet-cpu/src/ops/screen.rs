@@ -1,11 +1,13 @@
-//! The screened output head: bounds of all logits from a reduced-precision copy, then the rows that
-//! can still matter in full.
+//! The screened output head: upper bounds of all logits from a reduced-precision copy, in full the
+//! rows that promise most, and then those whose bounds reach what these have shown to be needed.
+
+use std::sync::Mutex;
 
 use bitnet_core::screen::ROWS;
 use bitnet_core::{Candidate, Keep, Pick, Screen, Tensor};
 use bitnet_quant::screen::Input;
 
-use super::{Compute, at_least, count, lock};
+use super::{Compute, ThreadScratch, at_least, count, lock};
 use crate::arch::HeadRow;
 use crate::buffer::Buffer;
 use crate::threads::Chunks;
@@ -16,11 +18,12 @@ pub(super) struct Scratch {
     inputs: Vec<Input>,
     /// Whether a pick's logits have bounds: they have none if its state is not finite.
     bounded: Vec<bool>,
-    /// Bounds of the logits `[bands, picks]`.
-    lower: Vec<[f32; ROWS]>,
+    /// Upper bounds of the logits `[bands, picks]`.
     upper: Vec<[f32; ROWS]>,
-    /// What the threshold is chosen from.
+    /// Bounds or logits that a threshold is chosen from.
     rivals: Vec<f32>,
+    /// The rows that promise most.
+    seeds: Vec<Candidate>,
 }
 
 impl Compute {
@@ -38,105 +41,128 @@ impl Compute {
         assert_eq!((screen.rows(), screen.cols()), (vocabulary, cols), "shape of the screen");
         assert_eq!(picks.len(), outs.len());
         let mut scratch = self.scratch();
-        let scratch = &mut *scratch;
-        let states = at_least(&mut scratch.inputs.floats, picks.len() * cols);
-        let own = &mut scratch.screen;
+        let super::Scratch { inputs: room, screen: own, threads, .. } = &mut *scratch;
+        let states = at_least(&mut room.floats, picks.len() * cols);
         let inputs = at_least(&mut own.inputs, picks.len());
         own.bounded.clear();
         for ((pick, state), input) in picks.iter().zip(states.chunks_exact_mut(cols)).zip(inputs) {
             self.kernels.rms_norm(x.row(pick.row), weight, eps, state);
-            own.bounded.push(input.set(state));
+            own.bounded.push(input.set(state, screen));
         }
-        self.bounds(own, picks.len(), screen);
+        self.upper_bounds(own, picks.len(), screen);
         for (i, ((pick, state), out)) in
             picks.iter().zip(states.chunks_exact(cols)).zip(outs).enumerate()
         {
             out.clear();
+            own.seeds.clear();
             if own.bounded[i] {
-                own.survivors(i, picks.len(), pick, vocabulary, out);
+                let mut bounds =
+                    Bounds { upper: &mut own.upper, picks: picks.len(), index: i, vocabulary };
+                bounds.seeds(pick, &mut own.rivals, &mut own.seeds);
+                self.compute(table, state, threads, &mut own.seeds);
+                own.rivals.clear();
+                own.rivals.extend(own.seeds.iter().map(|seed| seed.logit));
+                bounds.survivors(pick, pick.keep.threshold(&mut own.rivals), out);
             } else {
                 out.extend((0..vocabulary as u32).map(|id| Candidate { id, logit: 0.0 }));
             }
-            let part = out.len().div_ceil(self.parts(out.len() * cols)).max(1);
-            let (survivors, threads) = (out.len(), &scratch.threads);
-            self.pool.run(Chunks::new(out, part), |thread, (_, candidates)| {
-                let mut own = lock(&threads[thread]);
-                let decoded = at_least(&mut own.floats, cols);
-                for candidate in candidates {
-                    let bytes = table.row(candidate.id as usize);
-                    let row = HeadRow { dtype: table.dtype(), bytes, inputs: state };
-                    self.kernels.head_row(row, decoded, std::slice::from_mut(&mut candidate.logit));
-                }
-            });
+            self.compute(table, state, threads, out);
             count(&self.counts.head_rows, vocabulary);
-            count(&self.counts.head_rows_rescored, survivors);
+            count(&self.counts.head_rows_rescored, own.seeds.len() + out.len());
         }
     }
 
-    /// Bounds of every logit of every pick. Each band of the screen is read from memory once.
-    fn bounds(&self, scratch: &mut Scratch, picks: usize, screen: &Screen) {
-        let Scratch { inputs, bounded, lower, upper, .. } = scratch;
+    /// Upper bounds of every logit of every pick. Each band of the screen is read from memory once.
+    fn upper_bounds(&self, scratch: &mut Scratch, picks: usize, screen: &Screen) {
+        let Scratch { inputs, upper, .. } = scratch;
         let bands = screen.rows().div_ceil(ROWS);
-        lower.resize(bands * picks, [0.0; ROWS]);
         upper.resize(bands * picks, [0.0; ROWS]);
         let part = bands.div_ceil(self.parts(screen.rows() * screen.cols())).max(1);
-        let (inputs, bounded) = (&inputs[..picks], &*bounded);
-        let places = (Chunks::new(lower, part * picks), Chunks::new(upper, part * picks));
-        self.pool.run(places, |_, ((index, lower), (_, upper))| {
-            let places = lower.chunks_exact_mut(picks).zip(upper.chunks_exact_mut(picks));
-            for (band, (lower, upper)) in (index * part..).zip(places) {
-                let band = screen.band(band);
-                let picks = inputs.iter().zip(bounded).zip(lower.iter_mut().zip(upper));
-                for ((input, _), (lower, upper)) in picks.filter(|((_, bounded), _)| **bounded) {
-                    let sums = self.kernels.screen_sums(band.tiles, &input.planes);
-                    input.bounds(&band, &sums, lower, upper);
-                }
+        let inputs = &inputs[..picks];
+        self.pool.run(Chunks::new(upper, part * picks), |_, (index, upper)| {
+            for (band, upper) in (index * part..).zip(upper.chunks_exact_mut(picks)) {
+                self.kernels.upper_bounds(&screen.band(band), inputs, upper);
+            }
+        });
+    }
+
+    /// The logits of candidates by the head's own recipe.
+    fn compute(
+        &self,
+        table: &Tensor,
+        state: &[f32],
+        threads: &[Mutex<ThreadScratch>],
+        candidates: &mut [Candidate],
+    ) {
+        let part = candidates.len().div_ceil(self.parts(candidates.len() * state.len())).max(1);
+        self.pool.run(Chunks::new(candidates, part), |thread, (_, candidates)| {
+            let mut own = lock(&threads[thread]);
+            let decoded = at_least(&mut own.floats, state.len());
+            for Candidate { id, logit } in candidates {
+                let bytes = table.row(*id as usize);
+                let row = HeadRow { dtype: table.dtype(), bytes, inputs: state };
+                self.kernels.head_row(row, decoded, std::slice::from_mut(logit));
             }
         });
     }
 }
 
-impl Scratch {
-    /// The ids whose upper bounds reach what `pick` asks for, ascending.
-    fn survivors(
-        &mut self,
-        index: usize,
-        picks: usize,
-        pick: &Pick<'_>,
-        vocabulary: usize,
-        out: &mut Vec<Candidate>,
-    ) {
-        let Scratch { lower, upper, rivals, .. } = self;
-        let place = |id: usize| (id / ROWS * picks + index, id % ROWS);
-        for id in vocabulary..vocabulary.next_multiple_of(ROWS) {
-            let (band, row) = place(id);
-            lower[band][row] = f32::NEG_INFINITY;
-            upper[band][row] = f32::NEG_INFINITY;
+/// The upper bounds of one pick.
+struct Bounds<'a> {
+    upper: &'a mut [[f32; ROWS]],
+    picks: usize,
+    index: usize,
+    vocabulary: usize,
+}
+
+impl Bounds<'_> {
+    fn bands(&self) -> impl Iterator<Item = &[f32; ROWS]> {
+        self.upper.iter().skip(self.index).step_by(self.picks)
+    }
+
+    /// Gives a bound to the ids that are computed whatever theirs is.
+    fn set_exact_ids(&mut self, pick: &Pick<'_>, bound: f32) {
+        for id in pick.exact_ids.iter().map(|&id| id as usize).filter(|&id| id < self.vocabulary) {
+            self.upper[id / ROWS * self.picks + self.index][id % ROWS] = bound;
         }
-        for id in pick.exact_ids.iter().map(|&id| id as usize).filter(|&id| id < vocabulary) {
-            let (band, row) = place(id);
-            lower[band][row] = f32::NEG_INFINITY;
-            upper[band][row] = f32::INFINITY;
-        }
-        // Of each band the largest lower bound: so many different rows reach at least that, and for
-        // a few of many it hardly matters that a band may have two.
-        let bands = vocabulary.div_ceil(ROWS);
-        rivals.clear();
-        let own = lower.iter().skip(index).step_by(picks);
-        match pick.keep {
-            Keep::Largest(k) if k > bands / 8 => own.for_each(|band| rivals.extend(band)),
-            _ => rivals.extend(own.map(|band| {
-                band.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
-            })),
-        }
-        let threshold = pick.keep.threshold(rivals);
-        let own = upper.iter().skip(index).step_by(picks);
-        for (first, upper) in (0u32..).step_by(ROWS).zip(own) {
+    }
+
+    /// The ids whose bounds reach `threshold`, ascending; not those without one.
+    fn reaching(&self, threshold: f32, out: &mut Vec<Candidate>) {
+        for (first, upper) in (0u32..).step_by(ROWS).zip(self.bands()) {
             if upper.iter().any(|&upper| upper >= threshold) {
                 let alive = (first..).zip(upper).filter(|&(_, &upper)| upper >= threshold);
-                let alive = alive.filter(|&(id, _)| (id as usize) < vocabulary);
+                let alive = alive.filter(|&(id, &upper)| {
+                    (id as usize) < self.vocabulary && upper > f32::NEG_INFINITY
+                });
                 out.extend(alive.map(|(id, _)| Candidate { id, logit: 0.0 }));
             }
         }
+    }
+
+    /// At least as many ids as say what the others must reach, those of the largest bounds. The
+    /// logits of any so many rows would do: the larger they are, the more rows they rule out.
+    fn seeds(&mut self, pick: &Pick<'_>, rivals: &mut Vec<f32>, out: &mut Vec<Candidate>) {
+        let last = self.vocabulary.div_ceil(ROWS) - 1;
+        let rows = self.vocabulary - last * ROWS;
+        self.upper[last * self.picks + self.index][rows..].fill(f32::NEG_INFINITY);
+        self.set_exact_ids(pick, f32::NEG_INFINITY);
+        let needed = pick.keep.rivals();
+        rivals.clear();
+        if needed > last / 8 {
+            self.bands().for_each(|band| rivals.extend(band));
+        } else {
+            // Of each band the largest: for a few of many it hardly matters that a band may have
+            // two.
+            rivals.extend(self.bands().map(|band| {
+                band.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
+            }));
+        }
+        self.reaching(Keep::Largest(needed).threshold(rivals), out);
+    }
+
+    fn survivors(&mut self, pick: &Pick<'_>, threshold: f32, out: &mut Vec<Candidate>) {
+        self.set_exact_ids(pick, f32::INFINITY);
+        self.reaching(threshold, out);
     }
 }

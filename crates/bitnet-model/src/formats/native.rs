@@ -32,7 +32,7 @@ use crate::tokenizer::{StoredTokenizer, Tokenizer};
 pub const MAGIC: &[u8] = br#"{"__metadata__":{"format":"bitnet","version":""#;
 
 /// The version this program writes, and the only one it reads.
-pub const VERSION: &str = "1";
+pub const VERSION: &str = "2";
 
 /// The extension of native files, by which a folder's is found.
 pub const EXTENSION: &str = "bitnet";
