@@ -33,9 +33,11 @@ pub(crate) fn panel_place(rows: usize, cols: usize, row: usize, col: usize) -> u
 
 /// Sixteen f32 lanes, and the integer products behind int8.
 ///
+/// Implementations are compiled with the instructions that they need, and taken into the kernels,
+/// which have them all, by inlining.
+///
 /// # Safety of the functions
-/// The CPU has the instructions of the implementation, and every pointer is to as many elements as
-/// the lanes take.
+/// The CPU has the instructions of the implementation, and every pointer is to sixteen elements.
 pub(super) trait Lanes: Copy {
     /// Sixteen 32-bit sums.
     type Sums: Copy;

@@ -51,8 +51,6 @@ pub(super) fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
 #[derive(Clone, Copy)]
 struct Sixteen([__m256; 2]);
 
-// SAFETY of the blocks below: the contract of `Lanes`.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Sixteen {
     type Sums = [__m256i; 2];
     type Pairs = [__m256i; 2];
@@ -60,95 +58,103 @@ impl Lanes for Sixteen {
     // multipliers of four cycles' latency busy.
     const ROWS: usize = 4;
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn splat(x: f32) -> Self {
-        unsafe { Sixteen([_mm256_set1_ps(x); 2]) }
+        Sixteen([_mm256_set1_ps(x); 2])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn load(x: *const f32) -> Self {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { Sixteen([_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8))]) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "f16c")]
     unsafe fn load_f16(x: *const [u8; 2]) -> Self {
-        unsafe {
-            let x = x.cast::<__m128i>();
-            let halves = [_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))];
-            Sixteen([_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])])
-        }
+        let x = x.cast::<__m128i>();
+        // SAFETY: sixteen elements of two bytes, by the contract.
+        let halves = unsafe { [_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))] };
+        Sixteen([_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn store(self, out: *mut f32) {
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe {
             _mm256_storeu_ps(out, self.0[0]);
             _mm256_storeu_ps(out.add(8), self.0[1]);
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn mul(self, other: Self) -> Self {
         let (Sixteen(a), Sixteen(b)) = (self, other);
-        unsafe { Sixteen([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]) }
+        Sixteen([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "fma")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         let (Sixteen(sum), Sixteen(b)) = (self, b);
-        unsafe {
-            let a = _mm256_set1_ps(a);
-            Sixteen([_mm256_fmadd_ps(a, b[0], sum[0]), _mm256_fmadd_ps(a, b[1], sum[1])])
-        }
+        let a = _mm256_set1_ps(a);
+        Sixteen([_mm256_fmadd_ps(a, b[0], sum[0]), _mm256_fmadd_ps(a, b[1], sum[1])])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn no_sums() -> Self::Sums {
-        unsafe { [_mm256_setzero_si256(); 2] }
+        [_mm256_setzero_si256(); 2]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn load_sums(x: *const i32) -> Self::Sums {
-        unsafe {
-            let x = x.cast::<__m256i>();
-            [_mm256_loadu_si256(x), _mm256_loadu_si256(x.add(1))]
-        }
+        let x = x.cast::<__m256i>();
+        // SAFETY: sixteen elements, by the contract.
+        unsafe { [_mm256_loadu_si256(x), _mm256_loadu_si256(x.add(1))] }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn store_sums(sums: Self::Sums, out: *mut i32) {
+        let out = out.cast::<__m256i>();
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe {
-            let out = out.cast::<__m256i>();
             _mm256_storeu_si256(out, sums[0]);
             _mm256_storeu_si256(out.add(1), sums[1]);
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx2")]
     unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
-        unsafe {
-            let (a, b) = (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast()));
-            [
-                _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)),
-                _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)),
-            ]
-        }
+        // SAFETY: twice sixteen bytes, by the contract.
+        let (a, b) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
+        [
+            _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)),
+            _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)),
+        ]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx2")]
     unsafe fn add_pairs(sums: Self::Sums, a: i32, pairs: Self::Pairs) -> Self::Sums {
-        unsafe {
-            let a = _mm256_set1_epi32(a);
-            [
-                _mm256_add_epi32(sums[0], _mm256_madd_epi16(a, pairs[0])),
-                _mm256_add_epi32(sums[1], _mm256_madd_epi16(a, pairs[1])),
-            ]
-        }
+        let a = _mm256_set1_epi32(a);
+        [
+            _mm256_add_epi32(sums[0], _mm256_madd_epi16(a, pairs[0])),
+            _mm256_add_epi32(sums[1], _mm256_madd_epi16(a, pairs[1])),
+        ]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn from_sums(sums: Self::Sums) -> Self {
-        unsafe { Sixteen([_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])]) }
+        Sixteen([_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])])
     }
 }
 

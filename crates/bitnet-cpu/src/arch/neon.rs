@@ -56,111 +56,123 @@ fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
 #[derive(Clone, Copy)]
 struct Sixteen([float32x4_t; 4]);
 
-// SAFETY of the blocks below: the contract of `Lanes`.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Sixteen {
     type Sums = [int32x4_t; 4];
     /// The two rows, each as two registers.
     type Pairs = [[int16x8_t; 2]; 2];
     const ROWS: usize = 4;
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn splat(x: f32) -> Self {
-        unsafe { Sixteen([vdupq_n_f32(x); 4]) }
+        Sixteen([vdupq_n_f32(x); 4])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn load(x: *const f32) -> Self {
-        unsafe { Sixteen([0, 4, 8, 12].map(|i| vld1q_f32(x.add(i)))) }
+        // SAFETY: sixteen elements, by the contract.
+        Sixteen([0, 4, 8, 12].map(|i| unsafe { vld1q_f32(x.add(i)) }))
     }
 
     /// The conversion instruction has no stable intrinsic.
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn load_f16(x: *const [u8; 2]) -> Self {
-        unsafe {
-            Sixteen([0, 4, 8, 12].map(|i| {
-                let half = vld1_u16(x.add(i).cast());
-                let value: float32x4_t;
+        Sixteen([0, 4, 8, 12].map(|i| {
+            let value: float32x4_t;
+            // SAFETY: four of sixteen elements, by the contract; then an instruction on registers
+            // alone, which every CPU of this architecture has.
+            unsafe {
                 asm!(
                     "fcvtl {value:v}.4s, {half:v}.4h",
                     value = out(vreg) value,
-                    half = in(vreg) half,
+                    half = in(vreg) vld1_u16(x.add(i).cast()),
                     options(pure, nomem, nostack, preserves_flags),
                 );
-                value
-            }))
-        }
+            }
+            value
+        }))
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn store(self, out: *mut f32) {
         for (i, x) in self.0.into_iter().enumerate() {
+            // SAFETY: room for sixteen elements, by the contract.
             unsafe { vst1q_f32(out.add(4 * i), x) }
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn mul(self, other: Self) -> Self {
         let mut out = self.0;
         for (out, x) in out.iter_mut().zip(other.0) {
-            *out = unsafe { vmulq_f32(*out, x) };
+            *out = vmulq_f32(*out, x);
         }
         Sixteen(out)
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         let mut sum = self.0;
         for (sum, b) in sum.iter_mut().zip(b.0) {
-            *sum = unsafe { vfmaq_n_f32(*sum, b, a) };
+            *sum = vfmaq_n_f32(*sum, b, a);
         }
         Sixteen(sum)
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn no_sums() -> Self::Sums {
-        unsafe { [vdupq_n_s32(0); 4] }
+        [vdupq_n_s32(0); 4]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn load_sums(x: *const i32) -> Self::Sums {
-        unsafe { [0, 4, 8, 12].map(|i| vld1q_s32(x.add(i))) }
+        // SAFETY: sixteen elements, by the contract.
+        [0, 4, 8, 12].map(|i| unsafe { vld1q_s32(x.add(i)) })
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn store_sums(sums: Self::Sums, out: *mut i32) {
         for (i, x) in sums.into_iter().enumerate() {
+            // SAFETY: room for sixteen elements, by the contract.
             unsafe { vst1q_s32(out.add(4 * i), x) }
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
-        unsafe {
-            [first, second].map(|x| {
-                let x = vld1q_s8(x);
-                [vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x)]
-            })
-        }
+        [first, second].map(|x| {
+            // SAFETY: sixteen elements, by the contract.
+            let x = unsafe { vld1q_s8(x) };
+            [vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x)]
+        })
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn add_pairs(sums: Self::Sums, a: i32, pairs: Self::Pairs) -> Self::Sums {
         let mut sums = sums;
         for (a, row) in [a as i16, (a >> 16) as i16].into_iter().zip(pairs) {
             for (half, row) in row.into_iter().enumerate() {
-                unsafe {
-                    sums[2 * half] = vmlal_n_s16(sums[2 * half], vget_low_s16(row), a);
-                    sums[2 * half + 1] = vmlal_high_n_s16(sums[2 * half + 1], row, a);
-                }
+                sums[2 * half] = vmlal_n_s16(sums[2 * half], vget_low_s16(row), a);
+                sums[2 * half + 1] = vmlal_high_n_s16(sums[2 * half + 1], row, a);
             }
         }
         sums
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn from_sums(sums: Self::Sums) -> Self {
-        unsafe { Sixteen(sums.map(|sum| vcvtq_f32_s32(sum))) }
+        Sixteen(sums.map(|sum| vcvtq_f32_s32(sum)))
     }
 }
 
