@@ -209,6 +209,35 @@ unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32;
     }
 }
 
+/// The two halves of a tile, eight rows each.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_tile(tile: &Tile) -> [__m256i; 2] {
+    let start = tile.as_ptr().cast::<__m256i>();
+    // SAFETY: a tile has 64 bytes.
+    unsafe { [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))] }
+}
+
+/// The sums of eight rows each.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_rows(rows: &[i32; tile::ROWS]) -> [__m256i; 2] {
+    let start = rows.as_ptr().cast::<__m256i>();
+    // SAFETY: 16 32-bit elements, two registers of eight.
+    unsafe { [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))] }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn store_rows(rows: &mut [i32; tile::ROWS], sums: [__m256i; 2]) {
+    let start = rows.as_mut_ptr().cast::<__m256i>();
+    // SAFETY: 16 32-bit elements, two registers of eight.
+    unsafe {
+        _mm256_storeu_si256(start, sums[0]);
+        _mm256_storeu_si256(start.add(1), sums[1]);
+    }
+}
+
 /// A tile with a byte per code: eight registers, two halves of the rows for each plane.
 type UnpackedTile = [[__m256i; 2]; 4];
 
@@ -216,11 +245,7 @@ type UnpackedTile = [[__m256i; 2]; 4];
 #[target_feature(enable = "avx2")]
 fn unpack(tile: &Tile) -> UnpackedTile {
     let mask = _mm256_set1_epi8(3);
-    // SAFETY: a tile has 64 bytes.
-    let rows = unsafe {
-        let start = tile.as_ptr().cast::<__m256i>();
-        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-    };
+    let rows = load_tile(tile);
     // Bits that cross a byte are masked off: a plane is at most at bit 6 of its byte.
     [
         rows.map(|rows| _mm256_and_si256(rows, mask)),
@@ -245,6 +270,38 @@ fn add_in_order(mut sum: __m256i, pairs: __m256i) -> __m256i {
         );
     }
     sum
+}
+
+/// Adds the products of a plane's codes with the activations of `T` tokens to 16-bit sums of pairs,
+/// two lanes per row. vpbroadcastd spreads a token's four activations over the rows.
+///
+/// # Safety
+/// `q` points to four activations of the first token, those of the others follow at `stride`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_plane<const T: usize>(
+    narrow: &mut [[__m256i; 2]; T],
+    codes: [__m256i; 2],
+    q: *const i8,
+    stride: usize,
+) {
+    for (t, narrow) in narrow.iter_mut().enumerate() {
+        // SAFETY: four activations, by the contract.
+        let four = unsafe { q.add(t * stride).cast::<i32>().read_unaligned() };
+        let four = _mm256_set1_epi32(four);
+        for half in 0..2 {
+            let pairs = _mm256_maddubs_epi16(codes[half], four);
+            narrow[half] = add_in_order(narrow[half], pairs);
+        }
+    }
+}
+
+/// `sums` plus the pairs of lanes of `narrow`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(sums: [__m256i; 2], narrow: [__m256i; 2]) -> [__m256i; 2] {
+    let ones = _mm256_set1_epi16(1);
+    std::array::from_fn(|half| _mm256_add_epi32(sums[half], _mm256_madd_epi16(narrow[half], ones)))
 }
 
 /// [`unpacked_pass`] with the number of tokens of `acc`, at most [`TOKENS_PER_PASS`].
@@ -284,42 +341,24 @@ unsafe fn unpacked_pass<const T: usize>(
     stride: usize,
     acc: &mut [[i32; tile::ROWS]],
 ) {
-    let ones = _mm256_set1_epi16(1);
     let mut q = q;
     for run in codes.chunks(TILES_PER_WIDENING) {
         let mut narrow = [[_mm256_setzero_si256(); 2]; T];
         for tile in run {
             for (plane, codes) in tile.iter().enumerate() {
-                for (t, narrow) in narrow.iter_mut().enumerate() {
-                    // SAFETY: four of the activations that the contract promises.
-                    let four =
-                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
-                    let four = _mm256_set1_epi32(four);
-                    for half in 0..2 {
-                        let pairs = _mm256_maddubs_epi16(codes[half], four);
-                        narrow[half] = add_in_order(narrow[half], pairs);
-                    }
-                }
+                // SAFETY: activations that the contract promises.
+                unsafe { add_plane(&mut narrow, *codes, q.add(4 * plane), stride) };
             }
             q = q.wrapping_add(tile::COLS);
         }
         for (acc, narrow) in acc.iter_mut().zip(narrow) {
-            let acc = acc.as_mut_ptr().cast::<__m256i>();
-            for (half, narrow) in narrow.into_iter().enumerate() {
-                // SAFETY: `acc` has 16 32-bit elements, two registers of eight.
-                unsafe {
-                    let sum = _mm256_loadu_si256(acc.add(half));
-                    let wide = _mm256_madd_epi16(narrow, ones);
-                    _mm256_storeu_si256(acc.add(half), _mm256_add_epi32(sum, wide));
-                }
-            }
+            store_rows(acc, widen(load_rows(acc), narrow));
         }
     }
 }
 
 /// One band against `T` tokens. A tile is two registers of eight rows; each plane is shifted out
-/// once and multiplied with every token's four activations, which vpbroadcastd spreads over the
-/// rows. Per token there are two accumulators of 16-bit pair sums, two lanes per row.
+/// once and multiplied with every token's four activations.
 ///
 /// # Safety
 /// As for [`ternary_int8`], with `T` tokens from `q`; `acc` has `T` elements.
@@ -332,51 +371,27 @@ unsafe fn pass<const T: usize>(
     acc: &mut [[i32; tile::ROWS]],
 ) {
     let mask = _mm256_set1_epi8(3);
-    // SAFETY: an element of `acc` has 16 32-bit numbers, two registers of eight.
-    let mut wide: [[__m256i; 2]; T] = std::array::from_fn(|t| unsafe {
-        let start = acc[t].as_ptr().cast::<__m256i>();
-        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-    });
+    let mut wide: [[__m256i; 2]; T] = std::array::from_fn(|t| load_rows(&acc[t]));
     let mut q = q;
     for run in tiles.chunks(TILES_PER_WIDENING) {
         let mut narrow = [[_mm256_setzero_si256(); 2]; T];
         for tile in run {
-            // SAFETY: a tile has 64 bytes.
-            let mut rows = unsafe {
-                let start = tile.as_ptr().cast::<__m256i>();
-                [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-            };
+            let mut rows = load_tile(tile);
             for plane in 0..4 {
                 let codes = rows.map(|rows| _mm256_and_si256(rows, mask));
-                for (t, narrow) in narrow.iter_mut().enumerate() {
-                    // SAFETY: four of the activations that the contract promises.
-                    let four =
-                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
-                    let four = _mm256_set1_epi32(four);
-                    for half in 0..2 {
-                        let pairs = _mm256_maddubs_epi16(codes[half], four);
-                        narrow[half] = add_in_order(narrow[half], pairs);
-                    }
-                }
+                // SAFETY: activations that the contract promises.
+                unsafe { add_plane(&mut narrow, codes, q.add(4 * plane), stride) };
                 // Bits that cross a byte are masked off: a plane is at most at bit 6 of its byte.
                 rows = rows.map(|rows| _mm256_srli_epi16::<2>(rows));
             }
             q = q.wrapping_add(tile::COLS);
         }
-        let ones = _mm256_set1_epi16(1);
         for (wide, narrow) in wide.iter_mut().zip(narrow) {
-            for half in 0..2 {
-                wide[half] = _mm256_add_epi32(wide[half], _mm256_madd_epi16(narrow[half], ones));
-            }
+            *wide = widen(*wide, narrow);
         }
     }
     for (acc, wide) in acc.iter_mut().zip(wide) {
-        // SAFETY: `acc` has 16 32-bit elements, two registers of eight.
-        unsafe {
-            let start = acc.as_mut_ptr().cast::<__m256i>();
-            _mm256_storeu_si256(start, wide[0]);
-            _mm256_storeu_si256(start.add(1), wide[1]);
-        }
+        store_rows(acc, wide);
     }
 }
 
