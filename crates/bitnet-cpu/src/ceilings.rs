@@ -83,7 +83,7 @@ impl Ceilings {
             .into_iter()
             .map(|kernel| Rate {
                 name: kernel.name.to_owned(),
-                giga_per_s: multiply_adds(kernel, threads),
+                giga_per_s: operations(threads, |turns| kernel.run(turns)),
             })
             .collect();
         Ok(Ceilings { threads, clock_ghz: clock(), multiply_add, read })
@@ -125,7 +125,7 @@ fn best_pass(threads: usize, passes: usize, work: impl Fn(usize, usize) + Sync) 
 }
 
 /// Turns of a loop that take [`LOOP_SECONDS`], which is long against the barriers.
-fn turns_of_a_pass(run: impl Fn(u64)) -> u64 {
+fn turns_of_a_pass(run: impl Fn(u64) -> u64) -> u64 {
     const SHORT: u64 = 10_000;
     run(SHORT);
     let start = Instant::now();
@@ -134,25 +134,19 @@ fn turns_of_a_pass(run: impl Fn(u64)) -> u64 {
     (SHORT as f64 * LOOP_SECONDS / second).clamp(1.0, 1e12) as u64
 }
 
-fn multiply_adds(kernel: MultiplyAdd, threads: usize) -> f64 {
-    let turns = turns_of_a_pass(|turns| {
-        kernel.run(turns);
-    });
+/// 10^9 operations per second of a loop, which runs for some turns and returns the operations that
+/// this took.
+fn operations(threads: usize, run: impl Fn(u64) -> u64 + Sync) -> f64 {
+    let turns = turns_of_a_pass(&run);
     let time = best_pass(threads, LOOP_PASSES, |_, _| {
-        kernel.run(turns);
+        run(turns);
     });
-    (threads as u64 * kernel.run(1) * turns) as f64 / time.as_secs_f64() / 1e9
+    (threads as u64 * run(1) * turns) as f64 / time.as_secs_f64() / 1e9
 }
 
 fn clock() -> Option<f64> {
-    let adds = dependent_adds(1)?;
-    let turns = turns_of_a_pass(|turns| {
-        dependent_adds(turns);
-    });
-    let time = best_pass(1, LOOP_PASSES, |_, _| {
-        dependent_adds(turns);
-    });
-    Some((adds * turns) as f64 / time.as_secs_f64() / 1e9)
+    dependent_adds(1)?;
+    Some(operations(1, |turns| dependent_adds(turns).expect("there is a loop")))
 }
 
 fn reads(threads: usize, buffer_bytes: usize, file_bytes: usize) -> Result<Vec<Rate>, Error> {

@@ -13,36 +13,22 @@ use bitnet_model::source;
 use bitnet_model::tokenizer::Special;
 use bitnet_model::weights::{self, LoadOptions};
 use bitnet_quant::reference::ReferenceBackend;
-use bitnet_testing::golden::GoldenModel;
+use bitnet_testing::golden::{
+    GENERATOR_GGUF, GENERATORS, GoldenModel, RANDOM, RANDOM_GGUF, TRAINED, TRAINED_GGUF,
+};
 use bitnet_testing::{golden, shared_data, tiny_model};
 
-/// Every golden model with its longest prompt.
+/// Every golden model that generates text, with its longest prompt.
 fn models() -> Vec<(PathBuf, Vec<u32>)> {
-    let mut found = Vec::new();
-    for name in [
-        "bitnet-bf16",
-        "bitnet-packed",
-        "bitnet-packed-bitlinear",
-        "llama-1.58-packed",
-        "llama-1.58-rmsnorm",
-        "bitnet-odd",
-        "bitnet-sharded",
-        "bitnet-1bitllm",
-        "tiny-trained",
-        "gguf/bitnet-packed-TQ2_0.gguf",
-        "trilm",
-        "llama3-rope",
-        "bonsai",
-        "bitnet-1bitllm-odd",
-        "gguf/trilm-TQ1_0.gguf",
-    ] {
-        let Some(path) = golden(name) else { continue };
-        found.push((path.clone(), GoldenModel::read(&path).prompts[3].ids.clone()));
-    }
-    for name in ["gguf/tiny-trained-TQ2_0.gguf", "gguf/tiny-trained-I2_S.gguf"] {
-        let Some(path) = shared_data(name) else { continue };
-        found.push((path.clone(), GoldenModel::read(&path).prompts[3].ids.clone()));
-    }
+    let directories = RANDOM.into_iter().chain([TRAINED]).chain(GENERATORS);
+    let named = directories.chain([RANDOM_GGUF, GENERATOR_GGUF]);
+    let paths = named.filter_map(golden).chain(TRAINED_GGUF.into_iter().filter_map(shared_data));
+    let mut found: Vec<_> = paths
+        .map(|path| {
+            let ids = GoldenModel::read(&path).prompts[3].ids.clone();
+            (path, ids)
+        })
+        .collect();
     if let Some(directory) = golden("tiny") {
         let golden = GoldenModel::read_from(&tiny_model(), &directory.join("golden"));
         found.push((tiny_model(), golden.prompts[3].ids.clone()));

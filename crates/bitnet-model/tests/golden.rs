@@ -13,25 +13,12 @@ use bitnet_model::source;
 use bitnet_model::weights;
 use bitnet_quant::activation::quantize_row;
 use bitnet_quant::reference::ReferenceBackend;
-use bitnet_testing::golden::{GoldenModel, argmax, deviation, divergence};
+use bitnet_testing::golden::{
+    GoldenModel, RANDOM, RANDOM_GGUF, TRAINED, TRAINED_GGUF, argmax, deviation, divergence,
+};
 use bitnet_testing::{golden, shared_data, tiny_model};
 
 use support::{all_logits, assert_near, check_hidden, check_ternary, load};
-
-/// Models with random weights, whose prompts 0 to 2 keep far from every rounding boundary.
-const RANDOM: [&str; 8] = [
-    "bitnet-bf16",
-    "bitnet-packed",
-    "bitnet-packed-bitlinear",
-    "llama-1.58-packed",
-    "llama-1.58-rmsnorm",
-    "bitnet-odd",
-    "bitnet-sharded",
-    "bitnet-1bitllm",
-];
-
-/// Models with trained weights, calmer but closer to the boundaries.
-const TRAINED: [&str; 2] = ["tiny-trained", "tiny"];
 
 /// Where a golden model lies: the packed trained one is the one that is built in.
 fn model_path(name: &str) -> Option<PathBuf> {
@@ -186,7 +173,7 @@ fn random_models_match_the_reference_within_the_tight_bound() {
 
 #[test]
 fn trained_models_match_the_reference() {
-    for name in TRAINED {
+    for name in [TRAINED, "tiny"] {
         let Some(path) = model_path(name) else { continue };
         check_model(name, path, cpu());
     }
@@ -204,12 +191,8 @@ fn the_scalar_reference_and_the_kernels_give_the_same_bits() {
 
 #[test]
 fn gguf_models_match_the_reference() {
-    let found = [
-        ("bitnet-packed-TQ2_0", golden("gguf/bitnet-packed-TQ2_0.gguf")),
-        ("tiny-trained-TQ2_0", shared_data("gguf/tiny-trained-TQ2_0.gguf")),
-        ("tiny-trained-I2_S", shared_data("gguf/tiny-trained-I2_S.gguf")),
-    ];
-    for (name, path) in found {
+    let trained = TRAINED_GGUF.map(|name| (name, shared_data(name)));
+    for (name, path) in [(RANDOM_GGUF, golden(RANDOM_GGUF))].into_iter().chain(trained) {
         let Some(path) = path else { continue };
         check_model(name, path, cpu());
     }
@@ -217,11 +200,11 @@ fn gguf_models_match_the_reference() {
 
 #[test]
 fn ternary_matrices_are_exactly_those_of_the_reference() {
-    for name in RANDOM.iter().chain(&TRAINED) {
+    for name in RANDOM.into_iter().chain([TRAINED, "tiny"]) {
         let Some(path) = model_path(name) else { continue };
         let compared = check_ternary(name, &read_golden(name, &path), &path);
         // Only the plain module's reference has no digests.
-        assert!(compared > 0 || *name == "bitnet-1bitllm", "{name} has no ternary digests");
+        assert!(compared > 0 || name == "bitnet-1bitllm", "{name} has no ternary digests");
     }
 }
 

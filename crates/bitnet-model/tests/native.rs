@@ -13,34 +13,12 @@ use bitnet_model::source::{self, Checkpoint, TINY};
 use bitnet_model::tokenizer::{Special, Tokenizer};
 use bitnet_model::weights::{self, LoadOptions};
 use bitnet_quant::reference::ReferenceBackend;
+use bitnet_testing::golden::{
+    EMBEDDERS, GENERATORS, GGUF, RANDOM, RANDOM_GGUF, TRAINED, TRAINED_GGUF,
+};
 use bitnet_testing::{golden, shared_data};
 use safetensors::SafeTensors;
 use support::all_logits;
-
-const MODELS: [&str; 22] = [
-    "bitnet-1bitllm",
-    "bitnet-1bitllm-odd",
-    "bitnet-bf16",
-    "bitnet-bf16-bin",
-    "bitnet-odd",
-    "bitnet-packed",
-    "bitnet-packed-bitlinear",
-    "bitnet-sharded",
-    "bonsai",
-    "gemma3-embedding",
-    "llama-1.58-packed",
-    "llama-1.58-rmsnorm",
-    "llama3-rope",
-    "qwen3-embedding",
-    "tiny-trained",
-    "trilm",
-    "gguf/bitnet-packed-TQ2_0.gguf",
-    "gguf/bonsai-Q2_0-128.gguf",
-    "gguf/bonsai-Q2_0-64.gguf",
-    "gguf/qwen3-embedding-I2_S.gguf",
-    "gguf/trilm-TQ1_0.gguf",
-    "gguf/tiny-trained-I2_S.gguf",
-];
 
 /// What tokenizers stumble over: spaces, scripts, digits, line ends, names of tokens.
 const TEXTS: [&str; 7] = [
@@ -152,8 +130,10 @@ fn assert_comes_back(name: &str, before: &Checkpoint) {
 #[test]
 fn every_model_comes_back_to_the_last_bit() {
     assert_comes_back(TINY, &source::open(TINY).unwrap());
-    for name in MODELS {
-        let path = golden(name).or_else(|| shared_data(name));
+    let directories = RANDOM.into_iter().chain(["bitnet-bf16-bin", TRAINED]).chain(GENERATORS);
+    let files = [RANDOM_GGUF].into_iter().chain(GGUF.map(|(file, _)| file));
+    let named = directories.chain(EMBEDDERS).chain(files).map(|name| (name, golden(name)));
+    for (name, path) in named.chain(TRAINED_GGUF.map(|name| (name, shared_data(name)))) {
         let Some(path) = path else { continue };
         assert_comes_back(name, &open(&path).unwrap());
     }

@@ -15,27 +15,13 @@ use bitnet_model::source;
 use bitnet_model::weights;
 use bitnet_quant::reference::ReferenceBackend;
 use bitnet_testing::golden;
-use bitnet_testing::golden::{GoldenModel, argmax, deviation};
+use bitnet_testing::golden::{EMBEDDERS, GENERATORS, GGUF, GoldenModel, argmax, deviation};
 
 use support::{all_logits, assert_near, check_hidden, check_ternary, load};
 
 /// Largest error of a logit or state, in standard deviations of its row. Measured: at most
 /// 3.5e-6; see the golden data's README.
 const TOLERANCE: f32 = 1e-5;
-
-/// Models that generate text.
-const GENERATORS: [&str; 4] = ["trilm", "llama3-rope", "bonsai", "bitnet-1bitllm-odd"];
-
-/// Models that make embeddings.
-const EMBEDDERS: [&str; 2] = ["qwen3-embedding", "gemma3-embedding"];
-
-/// GGUF files and the model whose weights, and so whose outputs, they share.
-const GGUF: [(&str, &str); 4] = [
-    ("gguf/trilm-TQ1_0.gguf", "gguf/trilm-TQ1_0.gguf"),
-    ("gguf/bonsai-Q2_0-64.gguf", "bonsai"),
-    ("gguf/bonsai-Q2_0-128.gguf", "bonsai"),
-    ("gguf/qwen3-embedding-I2_S.gguf", "qwen3-embedding"),
-];
 
 fn cpu() -> CpuBackend {
     CpuBackend::new(CpuOptions::default()).unwrap()
@@ -130,7 +116,7 @@ fn gguf_files_match_transformers_on_the_same_weights() {
 
 #[test]
 fn ternary_matrices_are_exactly_those_of_the_reference() {
-    for name in GENERATORS.iter().chain(&EMBEDDERS) {
+    for name in GENERATORS.into_iter().chain(EMBEDDERS) {
         let Some(path) = golden(name) else { continue };
         let compared = check_ternary(name, &GoldenModel::read(&path), &path);
         assert!(compared >= 7, "{name} has {compared} digests");

@@ -8,6 +8,7 @@ use bitnet_model::tokenizer::{
     Detokenizer, GgufVocabulary, Special, Tokenizer, TokenizerConfig, TokenizerError,
     token_ids_in_json,
 };
+use bitnet_testing::golden::TRAINED_GGUF;
 use bitnet_testing::{golden, shared_data};
 use proptest::prelude::*;
 use serde::Deserialize;
@@ -324,7 +325,7 @@ fn the_trained_models_ggufs_encode_as_its_tokenizer_json_does() {
     let config = TokenizerConfig::default();
     let expected = Tokenizer::from_json(&std::fs::read(path).unwrap(), &config).unwrap();
     let Some(vectors) = encode_vectors() else { return };
-    for name in ["gguf/tiny-trained-TQ2_0.gguf", "gguf/tiny-trained-I2_S.gguf"] {
+    for name in TRAINED_GGUF {
         let Some(vocabulary) = gguf_vocabulary(shared_data(name)) else { return };
         let (tokenizer, _) = Tokenizer::from_gguf(vocabulary).unwrap();
         assert_eq!(tokenizer.vocab_size(), 2048);

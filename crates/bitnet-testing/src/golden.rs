@@ -1,4 +1,4 @@
-//! Reference outputs of one model: `golden.json` and `golden.safetensors`.
+//! The golden models, and the reference outputs of one: `golden.json` and `golden.safetensors`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,6 +6,46 @@ use std::path::{Path, PathBuf};
 use safetensors::SafeTensors;
 use serde::Deserialize;
 use serde_json::Value;
+
+/// Models with random weights, whose prompts 0 to 2 keep far from every rounding boundary.
+pub const RANDOM: [&str; 8] = [
+    "bitnet-bf16",
+    "bitnet-packed",
+    "bitnet-packed-bitlinear",
+    "llama-1.58-packed",
+    "llama-1.58-rmsnorm",
+    "bitnet-odd",
+    "bitnet-sharded",
+    "bitnet-1bitllm",
+];
+
+/// A model with trained weights, calmer but closer to the boundaries. The one that is
+/// [built in](crate::tiny_model) is the same, packed.
+pub const TRAINED: &str = "tiny-trained";
+
+/// Models of `scripts/make_reference_models.py` that generate text: no prompt of theirs is near a
+/// rounding boundary.
+pub const GENERATORS: [&str; 4] = ["trilm", "llama3-rope", "bonsai", "bitnet-1bitllm-odd"];
+
+/// Models of that script that make embeddings.
+pub const EMBEDDERS: [&str; 2] = ["qwen3-embedding", "gemma3-embedding"];
+
+/// The GGUF file that is one of [`RANDOM`].
+pub const RANDOM_GGUF: &str = "gguf/bitnet-packed-TQ2_0.gguf";
+
+/// The GGUF file that is one of [`GENERATORS`], in a shape of its own.
+pub const GENERATOR_GGUF: &str = "gguf/trilm-TQ1_0.gguf";
+
+/// GGUF files of that script, and the model whose weights, and so whose outputs, each has.
+pub const GGUF: [(&str, &str); 4] = [
+    (GENERATOR_GGUF, GENERATOR_GGUF),
+    ("gguf/bonsai-Q2_0-64.gguf", "bonsai"),
+    ("gguf/bonsai-Q2_0-128.gguf", "bonsai"),
+    ("gguf/qwen3-embedding-I2_S.gguf", "qwen3-embedding"),
+];
+
+/// GGUF files of the trained model, which lie in the [shared data](crate::shared_data).
+pub const TRAINED_GGUF: [&str; 2] = ["gguf/tiny-trained-TQ2_0.gguf", "gguf/tiny-trained-I2_S.gguf"];
 
 /// One prompt and what the reference made of it.
 #[derive(Debug, Clone, Deserialize)]

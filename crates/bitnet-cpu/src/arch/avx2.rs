@@ -51,8 +51,6 @@ pub(super) fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
 #[derive(Clone, Copy)]
 struct Sixteen([__m256; 2]);
 
-// SAFETY of the blocks below: the contract of `Lanes`.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Sixteen {
     type Sums = [__m256i; 2];
     type Pairs = [__m256i; 2];
@@ -60,95 +58,103 @@ impl Lanes for Sixteen {
     // multipliers of four cycles' latency busy.
     const ROWS: usize = 4;
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn splat(x: f32) -> Self {
-        unsafe { Sixteen([_mm256_set1_ps(x); 2]) }
+        Sixteen([_mm256_set1_ps(x); 2])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn load(x: *const f32) -> Self {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { Sixteen([_mm256_loadu_ps(x), _mm256_loadu_ps(x.add(8))]) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "f16c")]
     unsafe fn load_f16(x: *const [u8; 2]) -> Self {
-        unsafe {
-            let x = x.cast::<__m128i>();
-            let halves = [_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))];
-            Sixteen([_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])])
-        }
+        let x = x.cast::<__m128i>();
+        // SAFETY: sixteen elements of two bytes, by the contract.
+        let halves = unsafe { [_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))] };
+        Sixteen([_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn store(self, out: *mut f32) {
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe {
             _mm256_storeu_ps(out, self.0[0]);
             _mm256_storeu_ps(out.add(8), self.0[1]);
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn mul(self, other: Self) -> Self {
         let (Sixteen(a), Sixteen(b)) = (self, other);
-        unsafe { Sixteen([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])]) }
+        Sixteen([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "fma")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         let (Sixteen(sum), Sixteen(b)) = (self, b);
-        unsafe {
-            let a = _mm256_set1_ps(a);
-            Sixteen([_mm256_fmadd_ps(a, b[0], sum[0]), _mm256_fmadd_ps(a, b[1], sum[1])])
-        }
+        let a = _mm256_set1_ps(a);
+        Sixteen([_mm256_fmadd_ps(a, b[0], sum[0]), _mm256_fmadd_ps(a, b[1], sum[1])])
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn no_sums() -> Self::Sums {
-        unsafe { [_mm256_setzero_si256(); 2] }
+        [_mm256_setzero_si256(); 2]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn load_sums(x: *const i32) -> Self::Sums {
-        unsafe {
-            let x = x.cast::<__m256i>();
-            [_mm256_loadu_si256(x), _mm256_loadu_si256(x.add(1))]
-        }
+        let x = x.cast::<__m256i>();
+        // SAFETY: sixteen elements, by the contract.
+        unsafe { [_mm256_loadu_si256(x), _mm256_loadu_si256(x.add(1))] }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn store_sums(sums: Self::Sums, out: *mut i32) {
+        let out = out.cast::<__m256i>();
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe {
-            let out = out.cast::<__m256i>();
             _mm256_storeu_si256(out, sums[0]);
             _mm256_storeu_si256(out.add(1), sums[1]);
         }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx2")]
     unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
-        unsafe {
-            let (a, b) = (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast()));
-            [
-                _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)),
-                _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)),
-            ]
-        }
+        // SAFETY: twice sixteen bytes, by the contract.
+        let (a, b) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
+        [
+            _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)),
+            _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)),
+        ]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx2")]
     unsafe fn add_pairs(sums: Self::Sums, a: i32, pairs: Self::Pairs) -> Self::Sums {
-        unsafe {
-            let a = _mm256_set1_epi32(a);
-            [
-                _mm256_add_epi32(sums[0], _mm256_madd_epi16(a, pairs[0])),
-                _mm256_add_epi32(sums[1], _mm256_madd_epi16(a, pairs[1])),
-            ]
-        }
+        let a = _mm256_set1_epi32(a);
+        [
+            _mm256_add_epi32(sums[0], _mm256_madd_epi16(a, pairs[0])),
+            _mm256_add_epi32(sums[1], _mm256_madd_epi16(a, pairs[1])),
+        ]
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn from_sums(sums: Self::Sums) -> Self {
-        unsafe { Sixteen([_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])]) }
+        Sixteen([_mm256_cvtepi32_ps(sums[0]), _mm256_cvtepi32_ps(sums[1])])
     }
 }
 
@@ -203,6 +209,35 @@ unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32;
     }
 }
 
+/// The two halves of a tile, eight rows each.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_tile(tile: &Tile) -> [__m256i; 2] {
+    let start = tile.as_ptr().cast::<__m256i>();
+    // SAFETY: a tile has 64 bytes.
+    unsafe { [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))] }
+}
+
+/// The sums of eight rows each.
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn load_rows(rows: &[i32; tile::ROWS]) -> [__m256i; 2] {
+    let start = rows.as_ptr().cast::<__m256i>();
+    // SAFETY: 16 32-bit elements, two registers of eight.
+    unsafe { [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))] }
+}
+
+#[inline]
+#[target_feature(enable = "avx2")]
+pub(super) fn store_rows(rows: &mut [i32; tile::ROWS], sums: [__m256i; 2]) {
+    let start = rows.as_mut_ptr().cast::<__m256i>();
+    // SAFETY: 16 32-bit elements, two registers of eight.
+    unsafe {
+        _mm256_storeu_si256(start, sums[0]);
+        _mm256_storeu_si256(start.add(1), sums[1]);
+    }
+}
+
 /// A tile with a byte per code: eight registers, two halves of the rows for each plane.
 type UnpackedTile = [[__m256i; 2]; 4];
 
@@ -210,11 +245,7 @@ type UnpackedTile = [[__m256i; 2]; 4];
 #[target_feature(enable = "avx2")]
 fn unpack(tile: &Tile) -> UnpackedTile {
     let mask = _mm256_set1_epi8(3);
-    // SAFETY: a tile has 64 bytes.
-    let rows = unsafe {
-        let start = tile.as_ptr().cast::<__m256i>();
-        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-    };
+    let rows = load_tile(tile);
     // Bits that cross a byte are masked off: a plane is at most at bit 6 of its byte.
     [
         rows.map(|rows| _mm256_and_si256(rows, mask)),
@@ -239,6 +270,38 @@ fn add_in_order(mut sum: __m256i, pairs: __m256i) -> __m256i {
         );
     }
     sum
+}
+
+/// Adds the products of a plane's codes with the activations of `T` tokens to 16-bit sums of pairs,
+/// two lanes per row. vpbroadcastd spreads a token's four activations over the rows.
+///
+/// # Safety
+/// `q` points to four activations of the first token, those of the others follow at `stride`.
+#[inline]
+#[target_feature(enable = "avx2")]
+unsafe fn add_plane<const T: usize>(
+    narrow: &mut [[__m256i; 2]; T],
+    codes: [__m256i; 2],
+    q: *const i8,
+    stride: usize,
+) {
+    for (t, narrow) in narrow.iter_mut().enumerate() {
+        // SAFETY: four activations, by the contract.
+        let four = unsafe { q.add(t * stride).cast::<i32>().read_unaligned() };
+        let four = _mm256_set1_epi32(four);
+        for half in 0..2 {
+            let pairs = _mm256_maddubs_epi16(codes[half], four);
+            narrow[half] = add_in_order(narrow[half], pairs);
+        }
+    }
+}
+
+/// `sums` plus the pairs of lanes of `narrow`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn widen(sums: [__m256i; 2], narrow: [__m256i; 2]) -> [__m256i; 2] {
+    let ones = _mm256_set1_epi16(1);
+    std::array::from_fn(|half| _mm256_add_epi32(sums[half], _mm256_madd_epi16(narrow[half], ones)))
 }
 
 /// [`unpacked_pass`] with the number of tokens of `acc`, at most [`TOKENS_PER_PASS`].
@@ -278,42 +341,24 @@ unsafe fn unpacked_pass<const T: usize>(
     stride: usize,
     acc: &mut [[i32; tile::ROWS]],
 ) {
-    let ones = _mm256_set1_epi16(1);
     let mut q = q;
     for run in codes.chunks(TILES_PER_WIDENING) {
         let mut narrow = [[_mm256_setzero_si256(); 2]; T];
         for tile in run {
             for (plane, codes) in tile.iter().enumerate() {
-                for (t, narrow) in narrow.iter_mut().enumerate() {
-                    // SAFETY: four of the activations that the contract promises.
-                    let four =
-                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
-                    let four = _mm256_set1_epi32(four);
-                    for half in 0..2 {
-                        let pairs = _mm256_maddubs_epi16(codes[half], four);
-                        narrow[half] = add_in_order(narrow[half], pairs);
-                    }
-                }
+                // SAFETY: activations that the contract promises.
+                unsafe { add_plane(&mut narrow, *codes, q.add(4 * plane), stride) };
             }
             q = q.wrapping_add(tile::COLS);
         }
         for (acc, narrow) in acc.iter_mut().zip(narrow) {
-            let acc = acc.as_mut_ptr().cast::<__m256i>();
-            for (half, narrow) in narrow.into_iter().enumerate() {
-                // SAFETY: `acc` has 16 32-bit elements, two registers of eight.
-                unsafe {
-                    let sum = _mm256_loadu_si256(acc.add(half));
-                    let wide = _mm256_madd_epi16(narrow, ones);
-                    _mm256_storeu_si256(acc.add(half), _mm256_add_epi32(sum, wide));
-                }
-            }
+            store_rows(acc, widen(load_rows(acc), narrow));
         }
     }
 }
 
 /// One band against `T` tokens. A tile is two registers of eight rows; each plane is shifted out
-/// once and multiplied with every token's four activations, which vpbroadcastd spreads over the
-/// rows. Per token there are two accumulators of 16-bit pair sums, two lanes per row.
+/// once and multiplied with every token's four activations.
 ///
 /// # Safety
 /// As for [`ternary_int8`], with `T` tokens from `q`; `acc` has `T` elements.
@@ -326,50 +371,26 @@ unsafe fn pass<const T: usize>(
     acc: &mut [[i32; tile::ROWS]],
 ) {
     let mask = _mm256_set1_epi8(3);
-    // SAFETY: an element of `acc` has 16 32-bit numbers, two registers of eight.
-    let mut wide: [[__m256i; 2]; T] = std::array::from_fn(|t| unsafe {
-        let start = acc[t].as_ptr().cast::<__m256i>();
-        [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-    });
+    let mut wide: [[__m256i; 2]; T] = std::array::from_fn(|t| load_rows(&acc[t]));
     let mut q = q;
     for run in tiles.chunks(TILES_PER_WIDENING) {
         let mut narrow = [[_mm256_setzero_si256(); 2]; T];
         for tile in run {
-            // SAFETY: a tile has 64 bytes.
-            let mut rows = unsafe {
-                let start = tile.as_ptr().cast::<__m256i>();
-                [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-            };
+            let mut rows = load_tile(tile);
             for plane in 0..4 {
                 let codes = rows.map(|rows| _mm256_and_si256(rows, mask));
-                for (t, narrow) in narrow.iter_mut().enumerate() {
-                    // SAFETY: four of the activations that the contract promises.
-                    let four =
-                        unsafe { q.add(t * stride + 4 * plane).cast::<i32>().read_unaligned() };
-                    let four = _mm256_set1_epi32(four);
-                    for half in 0..2 {
-                        let pairs = _mm256_maddubs_epi16(codes[half], four);
-                        narrow[half] = add_in_order(narrow[half], pairs);
-                    }
-                }
+                // SAFETY: activations that the contract promises.
+                unsafe { add_plane(&mut narrow, codes, q.add(4 * plane), stride) };
                 // Bits that cross a byte are masked off: a plane is at most at bit 6 of its byte.
                 rows = rows.map(|rows| _mm256_srli_epi16::<2>(rows));
             }
             q = q.wrapping_add(tile::COLS);
         }
-        let ones = _mm256_set1_epi16(1);
         for (wide, narrow) in wide.iter_mut().zip(narrow) {
-            for half in 0..2 {
-                wide[half] = _mm256_add_epi32(wide[half], _mm256_madd_epi16(narrow[half], ones));
-            }
+            *wide = widen(*wide, narrow);
         }
     }
     for (acc, wide) in acc.iter_mut().zip(wide) {
-        // SAFETY: `acc` has 16 32-bit elements, two registers of eight.
-        unsafe {
-            let start = acc.as_mut_ptr().cast::<__m256i>();
-            _mm256_storeu_si256(start, wide[0]);
-            _mm256_storeu_si256(start.add(1), wide[1]);
-        }
+        store_rows(acc, wide);
     }
 }

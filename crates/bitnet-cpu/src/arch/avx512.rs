@@ -30,74 +30,88 @@ instantiate! {
 #[derive(Clone, Copy)]
 struct Sixteen(__m512);
 
-// SAFETY of the blocks below: the contract of `Lanes`.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Sixteen {
     type Sums = __m512i;
     type Pairs = __m512i;
     const ROWS: usize = 8;
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn splat(x: f32) -> Self {
-        unsafe { Sixteen(_mm512_set1_ps(x)) }
+        Sixteen(_mm512_set1_ps(x))
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn load(x: *const f32) -> Self {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { Sixteen(_mm512_loadu_ps(x)) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn load_f16(x: *const [u8; 2]) -> Self {
-        unsafe { Sixteen(_mm512_cvtph_ps(_mm256_loadu_si256(x.cast()))) }
+        // SAFETY: sixteen elements of two bytes, by the contract.
+        Sixteen(_mm512_cvtph_ps(unsafe { _mm256_loadu_si256(x.cast()) }))
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn store(self, out: *mut f32) {
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe { _mm512_storeu_ps(out, self.0) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn mul(self, other: Self) -> Self {
-        unsafe { Sixteen(_mm512_mul_ps(self.0, other.0)) }
+        Sixteen(_mm512_mul_ps(self.0, other.0))
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
-        unsafe { Sixteen(_mm512_fmadd_ps(_mm512_set1_ps(a), b.0, self.0)) }
+        Sixteen(_mm512_fmadd_ps(_mm512_set1_ps(a), b.0, self.0))
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn no_sums() -> __m512i {
-        unsafe { _mm512_setzero_si512() }
+        _mm512_setzero_si512()
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn load_sums(x: *const i32) -> __m512i {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { _mm512_loadu_si512(x.cast()) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn store_sums(sums: __m512i, out: *mut i32) {
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe { _mm512_storeu_si512(out.cast(), sums) }
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512bw")]
     unsafe fn pairs(first: *const i8, second: *const i8) -> __m512i {
-        unsafe {
-            let (a, b) = (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast()));
-            _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)))
-        }
+        // SAFETY: twice sixteen bytes, by the contract.
+        let (a, b) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
+        _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)))
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512vnni")]
     unsafe fn add_pairs(sums: __m512i, a: i32, pairs: __m512i) -> __m512i {
-        unsafe { _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(a), pairs) }
+        _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(a), pairs)
     }
 
-    #[inline(always)]
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn from_sums(sums: __m512i) -> Self {
-        unsafe { Sixteen(_mm512_cvtepi32_ps(sums)) }
+        Sixteen(_mm512_cvtepi32_ps(sums))
     }
 }
 

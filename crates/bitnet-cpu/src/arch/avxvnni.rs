@@ -106,11 +106,7 @@ unsafe fn pass<const T: usize, const CHAINS: usize, const VEX: bool>(
     let mut sums = [[[_mm256_setzero_si256(); 2]; CHAINS]; T];
     let mut q = q;
     for tile in tiles {
-        // SAFETY: a tile has 64 bytes.
-        let mut rows = unsafe {
-            let start = tile.as_ptr().cast::<__m256i>();
-            [_mm256_loadu_si256(start), _mm256_loadu_si256(start.add(1))]
-        };
+        let mut rows = avx2::load_tile(tile);
         for plane in 0..4 {
             let codes = rows.map(|rows| _mm256_and_si256(rows, mask));
             for (t, sums) in sums.iter_mut().enumerate() {
@@ -129,15 +125,12 @@ unsafe fn pass<const T: usize, const CHAINS: usize, const VEX: bool>(
         q = q.wrapping_add(tile::COLS);
     }
     for (acc, sums) in acc.iter_mut().zip(sums) {
-        let acc: *mut __m256i = acc.as_mut_ptr().cast();
-        for half in 0..2 {
-            // SAFETY: `acc` has 16 32-bit elements, two registers of eight.
-            let mut sum = unsafe { _mm256_loadu_si256(acc.add(half)) };
-            for chain in sums {
-                sum = _mm256_add_epi32(sum, chain[half]);
+        let mut total = avx2::load_rows(acc);
+        for chain in sums {
+            for (total, sum) in total.iter_mut().zip(chain) {
+                *total = _mm256_add_epi32(*total, sum);
             }
-            // SAFETY: as above.
-            unsafe { _mm256_storeu_si256(acc.add(half), sum) };
         }
+        avx2::store_rows(acc, total);
     }
 }

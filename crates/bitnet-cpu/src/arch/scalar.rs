@@ -41,8 +41,6 @@ instantiate! {
 #[derive(Clone, Copy)]
 struct Sixteen([f32; 16]);
 
-// SAFETY of the blocks below: the contract of `Lanes`.
-#[allow(clippy::undocumented_unsafe_blocks)]
 impl Lanes for Sixteen {
     type Sums = [i32; 16];
     type Pairs = [[i32; 16]; 2];
@@ -55,16 +53,19 @@ impl Lanes for Sixteen {
 
     #[inline(always)]
     unsafe fn load(x: *const f32) -> Self {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { Sixteen(x.cast::<[f32; 16]>().read()) }
     }
 
     #[inline(always)]
     unsafe fn load_f16(x: *const [u8; 2]) -> Self {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { Sixteen(x.cast::<[[u8; 2]; 16]>().read().map(f16_to_f32)) }
     }
 
     #[inline(always)]
     unsafe fn store(self, out: *mut f32) {
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe { out.cast::<[f32; 16]>().write(self.0) }
     }
 
@@ -85,16 +86,19 @@ impl Lanes for Sixteen {
 
     #[inline(always)]
     unsafe fn load_sums(x: *const i32) -> [i32; 16] {
+        // SAFETY: sixteen elements, by the contract.
         unsafe { x.cast::<[i32; 16]>().read() }
     }
 
     #[inline(always)]
     unsafe fn store_sums(sums: [i32; 16], out: *mut i32) {
+        // SAFETY: room for sixteen elements, by the contract.
         unsafe { out.cast::<[i32; 16]>().write(sums) }
     }
 
     #[inline(always)]
     unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
+        // SAFETY: sixteen elements each, by the contract.
         unsafe { [first, second].map(|x| x.cast::<[i8; 16]>().read().map(i32::from)) }
     }
 

@@ -1,300 +1,21 @@
-//! Tensors of a checkpoint to a decoder in a backend's memory.
-//!
-//! One matrix at a time per thread passes through the neutral form
-//! ([`TernaryMatrix`]), so loading needs little memory besides what the backend keeps.
+//! Finds the parts of a decoder among the tensors of a checkpoint, checks and decodes them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Mutex;
 
-use bitnet_core::backend::{Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
-use bitnet_core::{
-    DType, LinearUse, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale, budget,
-};
-use bitnet_quant::packing::{self, blocks::decode_row, i2_s::I2sLayout, tile};
-use bitnet_quant::{screen, ternary};
+use bitnet_core::backend::{ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
+use bitnet_core::{DType, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
+use bitnet_quant::packing::{self, blocks::decode_row, tile};
+use bitnet_quant::ternary;
 use rayon::prelude::*;
 
+use super::places::{LinearPlace, SCREEN, linears, norms};
+use super::{LoadOptions, Tables};
 use crate::config::{LayerConfig, ModelConfig, Precision, TensorNames, WeightRule};
-use crate::decoder::{Decoder, Layer};
+use crate::decoder::Layer;
 use crate::error::Error;
 use crate::formats::{Tensors, native};
-
-/// Choices that a file cannot make for us.
-#[derive(Debug, Clone, Copy, Default, PartialEq)]
-pub struct LoadOptions {
-    /// Which of the three I2_S layouts the file has.
-    pub i2s_layout: I2sLayout,
-    /// How linear layers take their input, against what the file or its form says.
-    pub precision: Option<ActivationPrecision>,
-}
-
-/// Loads a decoder. `path` is the model's, for error messages; what was decided for want of a word
-/// in the file is added to `notes`.
-///
-/// The model is refused before anything is allocated if its weights cannot fit in memory.
-pub fn load<B: Backend>(
-    backend: B,
-    path: &Path,
-    config: &ModelConfig,
-    tensors: &Tensors,
-    options: LoadOptions,
-    notes: &mut Vec<String>,
-) -> Result<Decoder<B>, Error> {
-    let loader = Loader::new(path, config, tensors, options);
-    if !loader.is_tiled() {
-        budget::require(&format!("loading {}", path.display()), packed_bytes(config))?;
-    }
-    let precision = loader.precision(notes)?;
-
-    let Tables { embedding, head } = loader.tables()?;
-    if !loader.is_tiled() {
-        loader.check_tables(&embedding, head.as_ref())?;
-    }
-    let weight = backend.load_vector(&loader.final_norm()?)?;
-    let final_norm = Norm { weight, eps: config.norm_eps };
-    // Few threads: each holds one unpacked matrix, and the total is promised to stay small.
-    let threads = rayon::ThreadPoolBuilder::new()
-        .num_threads(std::thread::available_parallelism().map_or(1, |n| n.get().min(4)))
-        .build()
-        .map_err(|error| Error::file(path, format!("cannot start loading threads: {error}")))?;
-    let layers = threads.install(|| {
-        config
-            .layers
-            .par_iter()
-            .enumerate()
-            .map(|(index, kind)| loader.layer(&backend, index, *kind, precision))
-            .collect::<Vec<_>>()
-    });
-    // The first layer's error is the one that is told, whichever thread was first.
-    let layers = layers.into_iter().collect::<Result<Vec<_>, _>>()?;
-    let stored_screen = loader.screen(embedding.rows())?;
-    loader.refuse_unknown()?;
-    let inverse_frequencies =
-        config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
-    let screen = match stored_screen {
-        Some(screen) => backend.load_screen(&screen)?,
-        None if backend.wants_screen() && config.pooling.is_none() => {
-            backend.load_screen(&screen::build(head.as_ref().unwrap_or(&embedding))?)?
-        }
-        None => None,
-    };
-    Ok(Decoder {
-        vocab_size: embedding.rows(),
-        embedding: backend.load_table(&embedding)?,
-        head: head.map(|head| backend.load_table(&head)).transpose()?,
-        screen,
-        final_norm,
-        layers,
-        inverse_frequencies,
-        config: config.clone(),
-        backend,
-    })
-}
-
-/// Number of ternary weights, from the description alone.
-pub fn ternary_weights(config: &ModelConfig) -> u64 {
-    let c = |n: usize| n as u128;
-    let (hidden, attention) = (c(config.hidden_size), c(config.heads) * c(config.head_size));
-    let kv = c(config.kv_heads) * c(config.head_size);
-    let layer = hidden * (2 * attention + 2 * kv) + 3 * hidden * c(config.intermediate_size);
-    u64::try_from(layer * c(config.layers.len())).unwrap_or(u64::MAX)
-}
-
-/// Bytes of all ternary weights at two bits each, from the description alone.
-pub fn packed_bytes(config: &ModelConfig) -> u64 {
-    ternary_weights(config) / 4
-}
-
-/// The embedding and, where it is not the embedding itself, the output head.
-pub struct Tables {
-    /// `[vocabulary, hidden]`.
-    pub embedding: Tensor,
-    /// `[vocabulary, hidden]`.
-    pub head: Option<Tensor>,
-}
-
-/// The embedding and head of a checkpoint, as they are stored.
-pub fn tables(path: &Path, config: &ModelConfig, tensors: &Tensors) -> Result<Tables, Error> {
-    Loader::new(path, config, tensors, LoadOptions::default()).tables()
-}
-
-/// How many of the linear layers are stored in which element type.
-pub fn linear_types(
-    path: &Path,
-    config: &ModelConfig,
-    tensors: &Tensors,
-) -> BTreeMap<String, usize> {
-    let loader = Loader::new(path, config, tensors, LoadOptions::default());
-    let mut types = BTreeMap::new();
-    if loader.is_tiled() {
-        types.insert("2-bit tiles".to_owned(), 7 * config.layers.len());
-        return types;
-    }
-    for layer in 0..config.layers.len() {
-        for linear in linears(config) {
-            let weight = format!("{}.weight", loader.module(layer, linear.name));
-            let dtype = match tensors.get(&weight) {
-                Ok(Some(tensor)) if tensor.dtype() == DType::U8 => "packed 2-bit".to_owned(),
-                Ok(Some(tensor)) => tensor.dtype().to_string(),
-                Ok(None) => "missing".to_owned(),
-                Err(_) => "unreadable".to_owned(),
-            };
-            *types.entry(dtype).or_default() += 1;
-        }
-    }
-    types
-}
-
-/// One ternary matrix `[rows, cols]` of a checkpoint by its module's full name
-/// (`model.layers.0.mlp.up_proj`), its rows as they are stored.
-pub fn matrix_by_name(
-    path: &Path,
-    config: &ModelConfig,
-    tensors: &Tensors,
-    module: &str,
-    rows: usize,
-    cols: usize,
-) -> Result<TernaryMatrix, Error> {
-    Loader::new(path, config, tensors, LoadOptions::default()).stored_matrix(module, rows, cols)
-}
-
-/// Whether all weights that are not zero have one magnitude, in whatever form their scales are:
-/// float files give one per row, and rows of zeros give 0.
-fn has_one_scale(scale: &WeightScale) -> bool {
-    let mut values = scale.values().iter().filter(|&&value| value != 0.0);
-    let first = values.next();
-    values.all(|value| Some(value) == first)
-}
-
-/// One of the seven linear layers of a decoder layer.
-#[derive(Debug, Clone, Copy)]
-struct LinearPlace {
-    /// What the checkpoint calls it.
-    name: &'static str,
-    rows: usize,
-    cols: usize,
-    usage: LinearUse,
-}
-
-/// q, k, v, o, gate, up and down.
-fn linears(c: &ModelConfig) -> [LinearPlace; 7] {
-    let n = &c.names;
-    let (attention, kv) = (c.heads * c.head_size, c.kv_heads * c.head_size);
-    // The square of a negative gate is exactly zero.
-    let (up_use, down_use) = match c.activation {
-        Activation::Relu2 => (LinearUse::SparseOutputs, LinearUse::SparseInputs),
-        Activation::Silu | Activation::GeluTanh => (LinearUse::Dense, LinearUse::Dense),
-    };
-    [
-        (n.q, attention, c.hidden_size, LinearUse::Dense),
-        (n.k, kv, c.hidden_size, LinearUse::Dense),
-        (n.v, kv, c.hidden_size, LinearUse::Dense),
-        (n.o, c.hidden_size, attention, LinearUse::Dense),
-        (n.gate, c.intermediate_size, c.hidden_size, LinearUse::Dense),
-        (n.up, c.intermediate_size, c.hidden_size, up_use),
-        (n.down, c.hidden_size, c.intermediate_size, down_use),
-    ]
-    .map(|(name, rows, cols, usage)| LinearPlace { name, rows, cols, usage })
-}
-
-/// Names and lengths of the norms of a decoder layer, those that a model may lack as `None`: before
-/// attention, of q, of k, sub-norm, after attention; before feed-forward, sub-norm, after it.
-fn norms(c: &ModelConfig) -> [Option<(&'static str, usize)>; 8] {
-    let n = &c.names;
-    [
-        Some((n.attention_norm, c.hidden_size)),
-        c.head_norms.then_some((n.q_norm, c.head_size)),
-        c.head_norms.then_some((n.k_norm, c.head_size)),
-        c.sub_norms.then_some((n.attention_sub_norm, c.heads * c.head_size)),
-        c.post_norms.then_some((n.post_attention_norm, c.hidden_size)),
-        Some((n.ffn_norm, c.hidden_size)),
-        c.sub_norms.then_some((n.ffn_sub_norm, c.intermediate_size)),
-        c.post_norms.then_some((n.post_ffn_norm, c.hidden_size)),
-    ]
-}
-
-/// What a native file calls the screen of the output head. No other file has one.
-const SCREEN: &str = "screen";
-
-/// A part of a decoder that a file holds.
-#[derive(Debug, Clone, Copy)]
-pub struct PartPlace {
-    /// Its layer; `None` outside the layers.
-    pub layer: Option<usize>,
-    /// What the checkpoint that the description is of calls it.
-    pub name: &'static str,
-    /// What it is, and its shape.
-    pub kind: PartKind,
-}
-
-/// What a part of a decoder is.
-#[derive(Debug, Clone, Copy)]
-pub enum PartKind {
-    /// `[vocabulary, hidden]`.
-    Table,
-    /// The weight of a norm, one per element.
-    Norm {
-        /// Elements.
-        len: usize,
-        /// Whether it is a projection's own, called after it.
-        of_projection: bool,
-    },
-    /// A ternary matrix `[rows, cols]`.
-    Matrix {
-        /// Output features.
-        rows: usize,
-        /// Input features.
-        cols: usize,
-        /// How it is used.
-        usage: LinearUse,
-    },
-    /// The screen of the output head.
-    Screen,
-}
-
-impl PartPlace {
-    /// Its name in a native file, if `name` is a native one.
-    pub fn native_name(&self) -> String {
-        let suffix = match self.kind {
-            PartKind::Norm { of_projection: true, .. } => TensorNames::NATIVE.projection_norm,
-            _ => "",
-        };
-        match self.layer {
-            Some(layer) => format!("{}.{layer}.{}{suffix}", TensorNames::NATIVE.layer, self.name),
-            None => self.name.to_owned(),
-        }
-    }
-}
-
-/// Every part of a decoder, in an order that depends on the description's shape and not on its
-/// names. The head is among them unless [`ModelConfig::tied`] is true; its screen is, unless the
-/// model makes embeddings.
-pub fn part_places(config: &ModelConfig) -> Vec<PartPlace> {
-    let n = &config.names;
-    let top = |name, kind| PartPlace { layer: None, name, kind };
-    let norm = |len, of_projection| PartKind::Norm { len, of_projection };
-    let mut places = vec![top(n.embedding, PartKind::Table)];
-    if config.tied != Some(true) {
-        places.push(top(n.head, PartKind::Table));
-    }
-    if config.pooling.is_none() {
-        places.push(top(SCREEN, PartKind::Screen));
-    }
-    places.push(top(n.final_norm, norm(config.hidden_size, false)));
-    for layer in 0..config.layers.len() {
-        let place = |name, kind| PartPlace { layer: Some(layer), name, kind };
-        for LinearPlace { name, rows, cols, usage } in linears(config) {
-            places.push(place(name, PartKind::Matrix { rows, cols, usage }));
-            if config.projection_norm_eps.is_some() {
-                places.push(place(name, norm(cols, true)));
-            }
-        }
-        let norms = norms(config).into_iter().flatten();
-        places.extend(norms.map(|(name, len)| place(name, norm(len, false))));
-    }
-    places
-}
 
 /// Finds and checks the parts of a decoder in a checkpoint.
 pub(crate) struct Loader<'a> {
@@ -318,7 +39,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Whether the weights were laid out and checked when their file was written.
-    fn is_tiled(&self) -> bool {
+    pub(super) fn is_tiled(&self) -> bool {
         self.config.weights == WeightRule::Tiled
     }
 
@@ -348,7 +69,7 @@ impl<'a> Loader<'a> {
     }
 
     /// Name of a layer's module, without suffix.
-    fn module(&self, layer: usize, name: &str) -> String {
+    pub(super) fn module(&self, layer: usize, name: &str) -> String {
         let plain = format!("{}.{layer}.{name}", self.config.names.layer);
         let prefixed = format!("model.{plain}");
         // The attention norm is there whatever else is, so it tells which form the names have.
@@ -533,7 +254,7 @@ impl<'a> Loader<'a> {
         }
     }
 
-    fn layer<B: Backend>(
+    pub(super) fn layer<B: Backend>(
         &self,
         backend: &B,
         index: usize,
@@ -631,7 +352,7 @@ impl<'a> Loader<'a> {
     }
 
     /// A module's matrix with its rows as they are stored.
-    fn stored_matrix(
+    pub(super) fn stored_matrix(
         &self,
         module: &str,
         rows: usize,
@@ -745,6 +466,14 @@ impl<'a> Loader<'a> {
             )),
         }
     }
+}
+
+/// Whether all weights that are not zero have one magnitude, in whatever form their scales are:
+/// float files give one per row, and rows of zeros give 0.
+fn has_one_scale(scale: &WeightScale) -> bool {
+    let mut values = scale.values().iter().filter(|&&value| value != 0.0);
+    let first = values.next();
+    values.all(|value| Some(value) == first)
 }
 
 #[cfg(test)]
