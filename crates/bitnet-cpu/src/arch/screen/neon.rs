@@ -67,9 +67,13 @@ unsafe fn products<const N: usize>(
                     });
                     let center = vdupq_n_f32(*input.centers.get_unchecked(GROUPS * index + group));
                     let steps = vld1q_u8(block.as_ptr().add(ROWS * group));
-                    let steps = [vget_low_u8(steps), vget_high_u8(steps)].map(vmovl_u8);
-                    let steps = steps
-                        .map(|steps| [vget_low_u16(steps), vget_high_u16(steps)].map(vmovl_u16));
+                    let halves = [vmovl_u8(vget_low_u8(steps)), vmovl_high_u8(steps)];
+                    let steps = [
+                        vmovl_u16(vget_low_u16(halves[0])),
+                        vmovl_high_u16(halves[0]),
+                        vmovl_u16(vget_low_u16(halves[1])),
+                        vmovl_high_u16(halves[1]),
+                    ];
                     for (quarter, product) in products.iter_mut().enumerate() {
                         let rows = STEPS + TILES * TILE * group + 16 * quarter;
                         let tiles: [uint8x16_t; TILES] = std::array::from_fn(|tile| {
@@ -97,7 +101,7 @@ unsafe fn products<const N: usize>(
                         let [high, low] = multiply(codes, planes);
                         let sum = vaddq_s32(vshlq_n_s32::<7>(high), low);
                         let sum = vsubq_f32(vcvtq_f32_s32(sum), center);
-                        let steps = vcvtq_f32_u32(steps[quarter / 2][quarter % 2]);
+                        let steps = vcvtq_f32_u32(steps[quarter]);
                         *product = vfmaq_f32(*product, steps, sum);
                     }
                 }
