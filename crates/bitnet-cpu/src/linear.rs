@@ -5,7 +5,9 @@ use bitnet_core::{DType, Error, TileOrder, TiledMatrix, WeightScale};
 use bitnet_quant::packing::tile;
 use bytes::Bytes;
 
-use crate::arch::{Kernels, Tile};
+use std::ops::Range;
+
+use crate::arch::{Kernels, OutputScale, Tile};
 
 /// The widest matrix whose sums of code times activation, at most 2 * 128 each, fit 32 bits.
 const MOST_COLUMNS: usize = (i32::MAX / 256) as usize;
@@ -105,6 +107,25 @@ impl Linear {
     /// Whether outputs are made of one exact integer sum each, which may leave zeros out.
     fn exact(&self) -> bool {
         self.precision == ActivationPrecision::Int8 && !matches!(self.scale, Scale::Groups { .. })
+    }
+
+    /// The scales of outputs that are made of one sum each.
+    pub(crate) fn output_scale(&self, features: Range<usize>) -> OutputScale<'_> {
+        match &self.scale {
+            Scale::Multiply(scale) => OutputScale::Multiply(*scale),
+            Scale::Divide(scale) => OutputScale::Divide(*scale),
+            Scale::Rows(scales) => OutputScale::Rows(&scales.as_flattened()[features]),
+            Scale::Groups { .. } => unreachable!("outputs of several sums"),
+        }
+    }
+
+    /// The tiles of band after band, if that is how the matrix lies and outputs are made of one sum
+    /// each.
+    pub(crate) fn by_band(&self, bands: Range<usize>) -> Option<impl Iterator<Item = &[Tile]>> {
+        let fits = self.order == TileOrder::Bands && self.exact();
+        let len = tile::tiles_per_band(self.cols);
+        let (tiles, _) = self.tiles.as_chunks();
+        fits.then(|| tiles[bands.start * len..bands.end * len].chunks_exact(len))
     }
 
     /// All rows one after another and the bytes of each, if that is how the matrix lies and rows may

@@ -128,6 +128,37 @@ pub(super) fn scale_sums(sums: &mut [[f32; tile::ROWS]], s_x: &[f32], scale: Ban
     }
 }
 
+/// The scales of one token's outputs, to be applied in the order of [`bitnet_core::WeightScale`].
+#[derive(Clone, Copy)]
+pub(crate) enum OutputScale<'a> {
+    Multiply(f32),
+    Divide(f32),
+    Rows(&'a [f32]),
+}
+
+/// One token's outputs from their sums and the activation scale `s_x`.
+#[inline(always)]
+pub(super) fn scale_outputs(sums: &[i32], s_x: f32, scale: OutputScale<'_>, out: &mut [f32]) {
+    assert_eq!(sums.len(), out.len());
+    let sums = sums.iter().map(|&sum| sum as f32);
+    match scale {
+        OutputScale::Multiply(scale) => {
+            out.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum / s_x * scale)
+        }
+        OutputScale::Divide(scale) => {
+            let divisor = s_x * scale;
+            out.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum / divisor);
+        }
+        OutputScale::Rows(scales) => {
+            assert_eq!(scales.len(), out.len());
+            out.iter_mut()
+                .zip(sums)
+                .zip(scales)
+                .for_each(|((y, sum), scale)| *y = sum / s_x * scale);
+        }
+    }
+}
+
 /// `q = round_half_even(x * (127 / absmax))`; the scale returned is `absmax / 127`, 0 for a head of
 /// zeros.
 #[inline(always)]

@@ -35,7 +35,7 @@ use bitnet_quant::packing::tile;
 use crate::Isa;
 
 pub(crate) use attention::{Attention, KvData, PANEL, Room, panel_place, partial_len, room_len};
-pub(crate) use generic::{BandScale, HeadRow};
+pub(crate) use generic::{BandScale, HeadRow, OutputScale};
 pub(crate) use sparse::{planes_len, spread};
 
 /// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
@@ -77,6 +77,7 @@ pub(crate) struct Kernels {
     rope: unsafe fn(&mut [f32], usize, &[f32], &[f32]),
     to_float: unsafe fn(&[[i32; tile::ROWS]], &mut [[f32; tile::ROWS]]),
     scale_sums: unsafe fn(&mut [[f32; tile::ROWS]], &[f32], BandScale<'_>),
+    scale_outputs: unsafe fn(&[i32], f32, OutputScale<'_>, &mut [f32]),
     add_scaled: unsafe fn(&[f32; tile::ROWS], &[f32; tile::ROWS], &mut [f32; tile::ROWS]),
     quantize_head: unsafe fn(&[f32], &mut [i8]) -> f32,
     gate: unsafe fn(Activation, &mut [f32], &[f32]),
@@ -178,6 +179,8 @@ methods! {
     to_float(acc: &[[i32; tile::ROWS]], sums: &mut [[f32; tile::ROWS]]);
     /// Applies the scales of a band to the sums of some tokens, whose activation scales are given.
     scale_sums(sums: &mut [[f32; tile::ROWS]], s_x: &[f32], scale: BandScale<'_>);
+    /// One token's outputs from their exact sums and the activation scale.
+    scale_outputs(sums: &[i32], s_x: f32, scale: OutputScale<'_>, out: &mut [f32]);
     /// `totals[r] += scales[r] * sums[r]`, fused: one scale group of a band.
     add_scaled(
         scales: &[f32; tile::ROWS],
@@ -248,6 +251,10 @@ macro_rules! instantiate {
             generic::scale_sums(sums, s_x, scale);
         }
         $(#[$features])?
+        fn scale_outputs(sums: &[i32], s_x: f32, scale: OutputScale<'_>, out: &mut [f32]) {
+            generic::scale_outputs(sums, s_x, scale, out);
+        }
+        $(#[$features])?
         fn add_scaled(
             scales: &[f32; tile::ROWS],
             sums: &[f32; tile::ROWS],
@@ -309,6 +316,7 @@ macro_rules! instantiate {
             norm_quantize,
             to_float,
             scale_sums,
+            scale_outputs,
             add_scaled,
             quantize_head,
             rope,
@@ -329,7 +337,8 @@ use instantiate;
 mod parts {
     pub(super) use super::attention::{self, Attention, Lanes, Room};
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, Tile, generic, instantiate, passes, screen, sparse, tile,
+        BandScale, HeadRow, Kernels, OutputScale, Tile, generic, instantiate, passes, screen,
+        sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;

@@ -13,7 +13,7 @@ use bitnet_core::backend::Activation;
 use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
-use super::linears::{Inputs, finish, tasks};
+use super::linears::{Inputs, tasks};
 use super::{Compute, Scratch, ThreadScratch, at_least, count, lock};
 use crate::arch::{planes_len, spread};
 use crate::buffer::Buffer;
@@ -118,7 +118,7 @@ impl Compute {
         up: &mut Strip<'_>,
     ) {
         let rows = up.columns();
-        let ThreadScratch { live_rows, row_sums, floats, .. } = own;
+        let ThreadScratch { live_rows, live_sums, row_sums: sums, .. } = own;
         let first = rows.start as u32;
         let list = at_least(live_rows, rows.len());
         let mut live = rows.len();
@@ -141,16 +141,16 @@ impl Compute {
         if live == rows.len() {
             list.iter_mut().zip(first..).for_each(|(row, next)| *row = next);
         }
-        let acc = &mut at_least(row_sums, rows.len())[..live];
+        let acc = &mut at_least(live_sums, rows.len())[..live];
         self.kernels.ternary_rows(matrix, row_bytes, planes, list, acc);
         let QuantizedRow { scale, sum } = inputs.rows[0];
-        let sums = at_least(floats, rows.len());
-        sums.fill(0.0);
+        let sums = at_least(sums, rows.len());
+        sums.fill(0);
         for (&row, &acc) in list.iter().zip(&*acc) {
             // A code is a weight plus 1.
-            sums[(row - first) as usize] = (acc - sum) as f32;
+            sums[(row - first) as usize] = acc - sum;
         }
-        finish(ffn.up, scale, rows, sums, up.row(0));
+        self.kernels.scale_outputs(sums, scale, ffn.up.output_scale(rows), up.row(0));
     }
 
     /// `down` of one token from the columns that meet an input that is not zero.
@@ -188,12 +188,10 @@ impl Compute {
             sums.iter_mut().zip(other).for_each(|(sum, other)| *sum += other);
         }
         let QuantizedRow { scale, sum } = inputs.rows[0];
-        let mut own = lock(&threads[0]);
-        let floats = at_least(&mut own.floats, down.rows());
-        for (float, &acc) in floats.iter_mut().zip(&*sums) {
-            // A code is a weight plus 1.
-            *float = (acc - sum) as f32;
-        }
-        finish(down, scale, 0..down.rows(), floats, out.shape(1, down.rows()));
+        let sums = &mut sums[..down.rows()];
+        // A code is a weight plus 1.
+        sums.iter_mut().for_each(|acc| *acc -= sum);
+        let scales = down.output_scale(0..down.rows());
+        self.kernels.scale_outputs(sums, scale, scales, out.shape(1, down.rows()));
     }
 }

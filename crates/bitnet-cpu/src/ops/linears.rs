@@ -178,6 +178,20 @@ impl Compute {
         strip: &mut Strip<'_>,
     ) {
         let columns = strip.columns();
+        let bands = columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS);
+        if let ([row], Some(tiles)) = (inputs.rows, task.linear.by_band(bands.clone())) {
+            // One token: nothing comes between the bands, whose tiles are read in one go.
+            let acc = at_least(&mut own.acc, bands.len());
+            // A code is a weight plus 1.
+            acc.fill([-row.sum; tile::ROWS]);
+            for (tiles, acc) in tiles.zip(&mut *acc) {
+                let acc = std::slice::from_mut(acc);
+                self.kernels.ternary_int8(tiles, inputs.quantized, inputs.stride, acc);
+            }
+            let sums = &acc.as_flattened()[..columns.len()];
+            let scale = task.linear.output_scale(columns);
+            return self.kernels.scale_outputs(sums, row.scale, scale, strip.row(0));
+        }
         let mut totals = std::mem::take(&mut own.totals);
         totals.resize(BANDS, [[0.0; tile::ROWS]; TOKENS]);
         for first in (0..inputs.rows.len()).step_by(TOKENS) {
@@ -189,7 +203,6 @@ impl Compute {
                     *s_x = row.scale;
                 }
             }
-            let bands = columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS);
             for start in bands.clone().step_by(BANDS) {
                 let bands = start..bands.end.min(start + BANDS);
                 for (band, totals) in bands.clone().zip(&mut totals) {
@@ -303,33 +316,6 @@ impl Compute {
                 self.kernels.to_float(acc, sums);
             }
         }
-    }
-}
-
-/// Turns sums of weight times input into outputs: those of `features` of one token whose inputs were
-/// scaled by `s_x`.
-pub(super) fn finish(
-    linear: &Linear,
-    s_x: f32,
-    features: Range<usize>,
-    sums: &[f32],
-    out: &mut [f32],
-) {
-    match &linear.scale {
-        Scale::Multiply(scale) => {
-            out.iter_mut().zip(sums).for_each(|(y, acc)| *y = acc / s_x * scale);
-        }
-        Scale::Divide(scale) => {
-            let divisor = s_x * scale;
-            out.iter_mut().zip(sums).for_each(|(y, acc)| *y = acc / divisor);
-        }
-        Scale::Rows(scales) => {
-            for ((y, acc), scale) in out.iter_mut().zip(sums).zip(&scales.as_flattened()[features])
-            {
-                *y = acc / s_x * scale;
-            }
-        }
-        Scale::Groups { .. } => out.iter_mut().zip(sums).for_each(|(y, sum)| *y = sum / s_x),
     }
 }
 

@@ -72,8 +72,9 @@ struct ThreadScratch {
     totals: Vec<[[f32; tile::ROWS]; linears::TOKENS]>,
     /// A band of a matrix in row order.
     tiles: Vec<Tile>,
-    /// Rows with a live gate, and their sums.
+    /// Rows with a live gate, their sums, and the sums of all rows.
     live_rows: Vec<u32>,
+    live_sums: Vec<i32>,
     row_sums: Vec<i32>,
     /// Columns with a live input, and that input.
     live_columns: Vec<(u32, i8)>,
