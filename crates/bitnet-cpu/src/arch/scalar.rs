@@ -116,7 +116,8 @@ impl Lanes for Sixteen {
 
 #[cfg(target_arch = "x86_64")]
 mod fused {
-    use bitnet_core::screen::{ROWS, ScreenBand};
+    use bitnet_core::Screen;
+    use bitnet_core::screen::ROWS;
     use bitnet_quant::screen::Input;
 
     use super::super::parts::*;
@@ -130,8 +131,8 @@ mod fused {
 
     /// See [`Kernels::upper_bounds`].
     #[target_feature(enable = "fma")]
-    fn upper_bounds(band: &ScreenBand<'_>, inputs: &[Input], out: &mut [[f32; ROWS]]) {
-        screen::upper_bounds(band, inputs, out);
+    fn upper_bounds(screen: &Screen, first: usize, inputs: &[Input], out: &mut [[f32; ROWS]]) {
+        screen::upper_bounds(screen, first, inputs, out);
     }
 
     instantiate! {

@@ -80,9 +80,7 @@ impl Compute {
         let part = bands.div_ceil(self.parts(screen.rows() * screen.cols())).max(1);
         let inputs = &inputs[..picks];
         self.pool.run(Chunks::new(upper, part * picks), |_, (index, upper)| {
-            for (band, upper) in (index * part..).zip(upper.chunks_exact_mut(picks)) {
-                self.kernels.upper_bounds(&screen.band(band), inputs, upper);
-            }
+            self.kernels.upper_bounds(screen, index * part, inputs, upper);
         });
     }
 

@@ -7,12 +7,13 @@ pub(super) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(super) mod neon;
 
-use bitnet_core::screen::{BLOCK_COLS, GROUP, ROWS, ScreenBand};
+use bitnet_core::Screen;
+use bitnet_core::screen::{BLOCK_COLS, GROUP, ROWS};
 use bitnet_quant::screen::{Input, products};
 
 use super::Kernels;
 
-pub(super) type UpperBounds = unsafe fn(&ScreenBand<'_>, &[Input], &mut [[f32; ROWS]]);
+pub(super) type UpperBounds = unsafe fn(&Screen, usize, &[Input], &mut [[f32; ROWS]]);
 
 /// Groups of columns in a block.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
@@ -27,10 +28,18 @@ const fn input_offset(block: usize, group: usize) -> usize {
 
 /// See [`Kernels::upper_bounds`]: plain code.
 #[inline(always)]
-pub(super) fn upper_bounds(band: &ScreenBand<'_>, inputs: &[Input], out: &mut [[f32; ROWS]]) {
-    for (input, out) in inputs.iter().zip(out) {
-        *out = products(band.blocks, input);
-        input.upper_bounds(band, out);
+pub(super) fn upper_bounds(
+    screen: &Screen,
+    first: usize,
+    inputs: &[Input],
+    out: &mut [[f32; ROWS]],
+) {
+    for (band, out) in (first..).zip(out.chunks_exact_mut(inputs.len())) {
+        let band = screen.band(band);
+        for (input, out) in inputs.iter().zip(out) {
+            *out = products(band.blocks, input);
+            input.upper_bounds(&band, out);
+        }
     }
 }
 
@@ -45,22 +54,26 @@ macro_rules! in_passes {
         /// The CPU has these instructions, and each input is as long as the blocks.
         $(#[$features])+
         pub(in crate::arch) unsafe fn upper_bounds(
-            band: &ScreenBand<'_>,
+            screen: &Screen,
+            first: usize,
             inputs: &[Input],
             out: &mut [[f32; ROWS]],
         ) {
-            let (mut inputs, mut out) = (inputs, out);
-            $(
-                while let Some((now, later)) = inputs.split_first_chunk::<$passes>() {
-                    let (these, others) = out.split_at_mut($passes);
-                    // SAFETY: the contract of this function.
-                    unsafe { pass::<$passes>(band.blocks, now, these) };
-                    for (input, out) in now.iter().zip(these) {
-                        input.upper_bounds(band, out);
+            for (band, out) in (first..).zip(out.chunks_exact_mut(inputs.len())) {
+                let band = screen.band(band);
+                let (mut inputs, mut out) = (inputs, out);
+                $(
+                    while let Some((now, later)) = inputs.split_first_chunk::<$passes>() {
+                        let (these, others) = out.split_at_mut($passes);
+                        // SAFETY: the contract of this function.
+                        unsafe { pass::<$passes>(band.blocks, now, these) };
+                        for (input, out) in now.iter().zip(these) {
+                            input.upper_bounds(&band, out);
+                        }
+                        (inputs, out) = (later, others);
                     }
-                    (inputs, out) = (later, others);
-                }
-            )+
+                )+
+            }
         }
     };
 }
@@ -68,31 +81,33 @@ macro_rules! in_passes {
 use in_passes;
 
 impl Kernels {
-    /// Upper bounds of the logits of a band's rows for each input.
+    /// Upper bounds `[bands, inputs]` of the logits of bands of a screen, from band `first` on.
     ///
     /// # Panics
-    /// If an input belongs to a screen of another width, or `out` has another length.
+    /// If an input belongs to a screen of another width, or there are no such bands.
     pub(crate) fn upper_bounds(
         &self,
-        band: &ScreenBand<'_>,
+        screen: &Screen,
+        first: usize,
         inputs: &[Input],
         out: &mut [[f32; ROWS]],
     ) {
-        assert_eq!(inputs.len(), out.len());
-        let columns = band.blocks.len() * BLOCK_COLS;
+        let columns = screen.cols().next_multiple_of(BLOCK_COLS);
         for Input { planes, centers, .. } in inputs {
             assert_eq!(planes.as_flattened().as_flattened().len(), 2 * columns);
             assert_eq!(centers.len() * GROUP, columns);
         }
-        // SAFETY: the CPU has the instructions (see `Kernels`), and the inputs are as long as the
-        // blocks, as just checked.
-        unsafe { (self.upper_bounds)(band, inputs, out) }
+        if !inputs.is_empty() {
+            // SAFETY: the CPU has the instructions (see `Kernels`), and the inputs are as long as
+            // the blocks, as just checked.
+            unsafe { (self.upper_bounds)(screen, first, inputs, out) }
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use bitnet_core::{Screen, Tensor};
+    use bitnet_core::Tensor;
     use bitnet_testing::Random;
 
     use super::*;
@@ -117,14 +132,15 @@ mod tests {
         for (input, state) in inputs.iter_mut().zip(states) {
             input.set(state, screen);
         }
-        for index in 0..screen.rows().div_ceil(ROWS) {
-            let band = screen.band(index);
-            let mut expected = vec![[0.0; ROWS]; states.len()];
-            upper_bounds(&band, &inputs, &mut expected);
-            assert!(expected.as_flattened().iter().all(|bound| !bound.is_nan()));
-            for kernels in all_kernels() {
-                let mut out = vec![[-1.0; ROWS]; states.len()];
-                kernels.upper_bounds(&band, &inputs, &mut out);
+        let bands = screen.rows().div_ceil(ROWS);
+        let mut expected = vec![[0.0; ROWS]; bands * states.len()];
+        upper_bounds(screen, 0, &inputs, &mut expected);
+        assert!(expected.as_flattened().iter().all(|bound| !bound.is_nan()));
+        for kernels in all_kernels() {
+            for first in [0, bands - 1] {
+                let expected = &expected[first * states.len()..];
+                let mut out = vec![[-1.0; ROWS]; expected.len()];
+                kernels.upper_bounds(screen, first, &inputs, &mut out);
                 assert_eq!(out, expected, "{}, {} states", kernels.name, states.len());
             }
         }
@@ -168,6 +184,6 @@ mod tests {
         let mut input = Input::default();
         input.set(&[1.0; 128], &self::screen(16, 128, || 1));
         let kernels = Kernels::for_isa(crate::Isa::Scalar).unwrap();
-        kernels.upper_bounds(&screen.band(0), &[input], &mut [[0.0; ROWS]]);
+        kernels.upper_bounds(&screen, 0, &[input], &mut [[0.0; ROWS]]);
     }
 }

@@ -3,7 +3,8 @@
 
 use std::arch::aarch64::*;
 
-use bitnet_core::screen::{Block, ROWS, STEPS, ScreenBand, TILE, TILES};
+use bitnet_core::Screen;
+use bitnet_core::screen::{Block, ROWS, STEPS, TILE, TILES};
 use bitnet_quant::screen::Input;
 
 use super::{GROUPS, in_passes, input_offset};
