@@ -4,6 +4,8 @@
 pub mod bench;
 pub mod error;
 pub mod generate;
+#[cfg_attr(not(test), expect(dead_code))] // until the step loop
+mod kv_cache;
 pub mod model;
 pub mod random;
 pub mod sampler;
