@@ -9,6 +9,8 @@ mod kv_cache;
 pub mod model;
 pub mod random;
 pub mod sampler;
+#[expect(dead_code)] // until the step loop
+mod scheduler;
 pub mod session;
 pub mod stop;
 
