@@ -10,6 +10,7 @@ use bitnet_model::source::{self, Description};
 use bitnet_model::tokenizer::Tokenizer;
 use bitnet_model::weights::{self, LoadOptions};
 
+use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
 use crate::session::{AnyDecoder, Session, SessionOptions};
 
@@ -120,6 +121,14 @@ impl Model {
     /// A new, empty sequence.
     pub fn session(&self, options: SessionOptions) -> Result<Session, Error> {
         self.decoder.session(options)
+    }
+
+    /// An engine that runs many requests on this model at once, on a thread of its own.
+    ///
+    /// # Errors
+    /// If its memory is not there.
+    pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
+        self.decoder.engine(options)
     }
 
     /// The embedding of a text: hidden states pooled as the model says, scaled to length 1.

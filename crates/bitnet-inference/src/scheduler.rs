@@ -47,11 +47,6 @@ impl Places {
         Arc::new(Places { limit, taken: AtomicUsize::new(0) })
     }
 
-    /// Places that are taken.
-    pub(crate) fn taken(&self) -> usize {
-        self.taken.load(Ordering::Relaxed)
-    }
-
     /// Takes a place until it is dropped.
     pub(crate) fn enter(self: &Arc<Self>) -> Result<Place, QueueFull> {
         let more = |taken| (taken < self.limit).then_some(taken + 1);
@@ -119,6 +114,8 @@ pub(crate) struct Sequence<R> {
     arrival: u64,
     /// Whether it has been admitted before.
     started: bool,
+    /// Tokens that were found computed then.
+    reused: usize,
     /// Tokens its client has been charged for: computing one again costs nothing.
     charged: usize,
 }
@@ -127,6 +124,16 @@ impl<R> Sequence<R> {
     /// Known tokens: prompt and output.
     pub(crate) fn tokens(&self) -> &[u32] {
         &self.tokens
+    }
+
+    /// The owner's part and the tokens, each for itself.
+    pub(crate) fn parts(&mut self) -> (&mut R, &[u32]) {
+        (&mut self.request, &self.tokens)
+    }
+
+    /// Tokens whose keys and values were there when it was first admitted.
+    pub(crate) fn reused(&self) -> usize {
+        self.reused
     }
 
     /// Its blocks.
@@ -223,6 +230,7 @@ impl<R> Scheduler<R> {
             client,
             arrival: self.arrivals,
             started: false,
+            reused: 0,
             charged: 0,
         });
         self.arrivals += 1;
@@ -274,15 +282,19 @@ impl<R> Scheduler<R> {
         self.sequences[slot].as_ref().expect("the sequence is there")
     }
 
-    fn sequence_mut(&mut self, slot: usize) -> &mut Sequence<R> {
+    /// The sequence in a slot.
+    pub(crate) fn sequence_mut(&mut self, slot: usize) -> &mut Sequence<R> {
         self.sequences[slot].as_mut().expect("the sequence is there")
+    }
+
+    /// The first sequence of which something holds.
+    pub(crate) fn find(&self, holds: impl Fn(&Sequence<R>) -> bool) -> Option<usize> {
+        self.sequences.iter().position(|sequence| sequence.as_ref().is_some_and(&holds))
     }
 
     /// A sequence whose deadline is over.
     pub(crate) fn expired(&self, now: Instant) -> Option<usize> {
-        let over =
-            |sequence: &Sequence<R>| sequence.standing.deadline.is_some_and(|end| end <= now);
-        self.sequences.iter().position(|sequence| sequence.as_ref().is_some_and(over))
+        self.find(|sequence| sequence.standing.deadline.is_some_and(|end| end <= now))
     }
 
     /// The earliest deadline.
@@ -358,6 +370,9 @@ impl<R> Scheduler<R> {
                 }
                 continue;
             };
+            if !sequence.started {
+                sequence.reused = admission.computed;
+            }
             sequence.started = true;
             sequence.computed = admission.computed;
             self.copies.extend(admission.copy);
@@ -492,6 +507,12 @@ mod tests {
             key = hash(key, token);
         }
         tokens
+    }
+
+    impl Places {
+        fn taken(&self) -> usize {
+            self.taken.load(Ordering::Relaxed)
+        }
     }
 
     /// What a request is to become.

@@ -1,0 +1,112 @@
+//! What is asked of the engine and what it answers, in token ids.
+
+use std::fmt;
+use std::time::Instant;
+
+use crate::generate::{FinishReason, GenerateOptions, TokenLogprobs};
+
+/// A change to the logits of one request, made by code of your own before anything else looks at
+/// them.
+///
+/// The engine may compute a position more than once, or after another one: what `process` does must
+/// depend on its arguments alone, or the tokens depend on what else is running.
+pub trait LogitsProcessor: Send {
+    /// Changes `logits: [vocabulary]` of the token that follows `tokens`, of which the last
+    /// `output_tokens` are output.
+    fn process(&mut self, tokens: &[u32], output_tokens: usize, logits: &mut [f32]);
+}
+
+impl<F: FnMut(&[u32], usize, &mut [f32]) + Send> LogitsProcessor for F {
+    fn process(&mut self, tokens: &[u32], output_tokens: usize, logits: &mut [f32]) {
+        self(tokens, output_tokens, logits);
+    }
+}
+
+/// A prompt and what is to come of it.
+pub struct Request {
+    /// Token ids of the prompt, at least one.
+    pub prompt: Vec<u32>,
+    /// How tokens are chosen and when to stop. Stop strings are looked for by whoever makes text of
+    /// the tokens: the engine knows none.
+    pub options: GenerateOptions,
+    /// Higher ones come first; 0 is ordinary.
+    pub priority: i32,
+    /// Whom the request is from: clients of the same priority get the same share of the engine.
+    pub client: u64,
+    /// When the answer is of no use any more.
+    pub deadline: Option<Instant>,
+    /// Applied to the logits in this order. Log-probabilities are those after them.
+    pub processors: Vec<Box<dyn LogitsProcessor>>,
+    /// Tokens that may wait to be read before the request pauses, at least 1.
+    pub buffer: usize,
+}
+
+impl Request {
+    /// Tokens that may wait to be read, unless a request says otherwise.
+    pub const DEFAULT_BUFFER: usize = 64;
+
+    /// An ordinary request.
+    pub fn new(prompt: Vec<u32>, options: GenerateOptions) -> Self {
+        Request {
+            prompt,
+            options,
+            priority: 0,
+            client: 0,
+            deadline: None,
+            processors: Vec::new(),
+            buffer: Request::DEFAULT_BUFFER,
+        }
+    }
+}
+
+impl fmt::Debug for Request {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Request")
+            .field("prompt", &self.prompt)
+            .field("options", &self.options)
+            .field("priority", &self.priority)
+            .field("client", &self.client)
+            .field("deadline", &self.deadline)
+            .field("processors", &self.processors.len())
+            .field("buffer", &self.buffer)
+            .finish()
+    }
+}
+
+/// A generated token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Token {
+    /// Its id.
+    pub id: u32,
+    /// Its log-probability and those of the most probable ones, if asked for.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// What a finished request took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usage {
+    /// Tokens of the prompt.
+    pub prompt_tokens: usize,
+    /// Of those, tokens whose keys and values were there already.
+    pub reused_tokens: usize,
+    /// Generated tokens, without an end token.
+    pub output_tokens: usize,
+}
+
+/// The end of a request that went well.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Finish {
+    /// Why it ended.
+    pub reason: FinishReason,
+    /// What it took.
+    pub usage: Usage,
+}
+
+/// Something that happened to a request.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Event {
+    /// A token was generated.
+    Token(Token),
+    /// The request is finished; nothing comes after this.
+    Finished(Finish),
+}
