@@ -14,6 +14,7 @@ mod scheduler;
 pub mod session;
 pub mod stop;
 mod stream;
+mod transcript;
 
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;
