@@ -43,7 +43,7 @@ fn main() {
         let start = Instant::now();
         let streams: Vec<_> = (0..count)
             .map(|_| {
-                let mut request = Request::new(prompt.to_vec(), options.clone());
+                let mut request = Request::new(prompt.to_vec(), options.sampling.clone(), tokens);
                 request.buffer = tokens;
                 engine.submit(request).expect("a place")
             })

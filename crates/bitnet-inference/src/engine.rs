@@ -233,12 +233,13 @@ impl Engine {
     /// value that it cannot have; the KV cache could not hold the request even alone; there are
     /// too many requests; or the engine has stopped.
     pub fn submit(&self, request: Request) -> Result<TokenStream, Error> {
-        let Request { prompt, options, priority, client, deadline, processors, buffer } = request;
+        let Request { prompt, sampling, max_tokens, end_ids, .. } = request;
+        let Request { priority, client, deadline, processors, buffer, .. } = request;
         let (context_length, _) = self.handle.limits;
         check_tokens(&prompt, 0, self.handle.limits)?;
-        let mut sampler = Sampler::new(&options.sampling)?;
+        let mut sampler = Sampler::new(&sampling)?;
         // The last token of an output is never computed.
-        let most_output_tokens = options.max_tokens.min(context_length - prompt.len() + 1);
+        let most_output_tokens = max_tokens.min(context_length - prompt.len() + 1);
         let most_tokens = prompt.len() + most_output_tokens.saturating_sub(1);
         if most_tokens > self.handle.kv_tokens {
             return Err(Error::KvBudget { needed: most_tokens, room: self.handle.kv_tokens });
@@ -255,7 +256,7 @@ impl Engine {
         let active = Active {
             sampler,
             processors,
-            end_ids: options.end_ids,
+            end_ids,
             prompt_tokens,
             most_output_tokens,
             events,

@@ -1,9 +1,11 @@
 //! What is asked of the engine and what it answers, in token ids.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::time::Instant;
 
-use crate::generate::{FinishReason, GenerateOptions, TokenLogprobs};
+use crate::generate::{FinishReason, TokenLogprobs};
+use crate::sampler::SamplingParams;
 
 /// A change to the logits of one request, made by code of your own before anything else looks at
 /// them.
@@ -22,13 +24,17 @@ impl<F: FnMut(&[u32], usize, &mut [f32]) + Send> LogitsProcessor for F {
     }
 }
 
-/// A prompt and what is to come of it.
+/// A prompt and what is to come of it. Without text there are no stop strings: whoever makes text of the
+/// tokens looks for them.
 pub struct Request {
     /// Token ids of the prompt, at least one.
     pub prompt: Vec<u32>,
-    /// How tokens are chosen and when to stop. Stop strings are looked for by whoever makes text of
-    /// the tokens: the engine knows none.
-    pub options: GenerateOptions,
+    /// How each token is chosen.
+    pub sampling: SamplingParams,
+    /// Most tokens to generate.
+    pub max_tokens: usize,
+    /// Token ids that end the generation and are not part of it.
+    pub end_ids: BTreeSet<u32>,
     /// Higher ones come first; 0 is ordinary.
     pub priority: i32,
     /// Whom the request is from: clients of the same priority get the same share of the engine.
@@ -45,11 +51,13 @@ impl Request {
     /// Tokens that may wait to be read, unless a request says otherwise.
     pub const DEFAULT_BUFFER: usize = 64;
 
-    /// An ordinary request.
-    pub fn new(prompt: Vec<u32>, options: GenerateOptions) -> Self {
+    /// An ordinary request, which no token ends.
+    pub fn new(prompt: Vec<u32>, sampling: SamplingParams, max_tokens: usize) -> Self {
         Request {
             prompt,
-            options,
+            sampling,
+            max_tokens,
+            end_ids: BTreeSet::new(),
             priority: 0,
             client: 0,
             deadline: None,
@@ -63,7 +71,9 @@ impl fmt::Debug for Request {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Request")
             .field("prompt", &self.prompt)
-            .field("options", &self.options)
+            .field("sampling", &self.sampling)
+            .field("max_tokens", &self.max_tokens)
+            .field("end_ids", &self.end_ids)
             .field("priority", &self.priority)
             .field("client", &self.client)
             .field("deadline", &self.deadline)

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bitnet_core::backend::KvType;
 use bitnet_inference::{
-    EngineOptions, GenerateOptions, Model, ModelOptions, Request, SamplingParams, SessionOptions,
+    EngineOptions, Model, ModelOptions, Request, SamplingParams, SessionOptions,
 };
 use bitnet_testing::tiny_model;
 
@@ -107,13 +107,9 @@ fn the_engine_allocates_nothing_between_admissions() {
         COUNTS[1].store(0, Ordering::SeqCst);
         let streams: Vec<_> = (0..16usize)
             .map(|index| {
-                let options = GenerateOptions {
-                    sampling: SamplingParams { seed: index as u64, ..ways[index % 6].clone() },
-                    max_tokens: WARM_UP + STEPS + 30,
-                    stop: Vec::new(),
-                    end_ids: Default::default(),
-                };
-                let mut request = Request::new(vec![7 + index as u32; 20], options);
+                let sampling = SamplingParams { seed: index as u64, ..ways[index % 6].clone() };
+                let prompt = vec![7 + index as u32; 20];
+                let mut request = Request::new(prompt, sampling, WARM_UP + STEPS + 30);
                 request.buffer = WARM_UP + STEPS + 30;
                 if index == 15 {
                     // The last to come sees when the steps of all begin and end.

@@ -24,6 +24,13 @@ fn options(max_tokens: usize) -> GenerateOptions {
     }
 }
 
+/// A request for what [`alone`] gives.
+fn request(prompt: &[u32], options: &GenerateOptions) -> Request {
+    let GenerateOptions { sampling, max_tokens, end_ids, stop } = options.clone();
+    assert!(stop.is_empty(), "without text there are no stop strings");
+    Request { end_ids, ..Request::new(prompt.to_vec(), sampling, max_tokens) }
+}
+
 fn alone(model: &Model, prompt: &[u32], options: &GenerateOptions) -> Generation {
     let mut session = model.session(SessionOptions::default()).unwrap();
     let show = |_: &str| ControlFlow::Continue(());
@@ -118,7 +125,7 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
 }
 
 fn submit(engine: &Engine, case: &Case) -> TokenStream {
-    let mut request = Request::new(case.prompt.clone(), case.options.clone());
+    let mut request = request(&case.prompt, &case.options);
     request.priority = case.priority;
     request.client = case.client;
     request.buffer = case.buffer;
@@ -209,10 +216,10 @@ fn a_full_ring_pauses_its_request_and_no_other() {
     let model = tiny(1);
     let engine =
         model.engine(EngineOptions { max_sequences: 2, ..EngineOptions::default() }).unwrap();
-    let mut request = Request::new(vec![1, 2, 3], options(100));
-    request.buffer = 5;
-    let mut slow = engine.submit(request).unwrap();
-    let mut quick = engine.submit(Request::new(vec![4, 5], options(200))).unwrap();
+    let mut slow = request(&[1, 2, 3], &options(100));
+    slow.buffer = 5;
+    let mut slow = engine.submit(slow).unwrap();
+    let mut quick = engine.submit(request(&[4, 5], &options(200))).unwrap();
     let (tokens, _) = read(&mut quick);
     assert_eq!(tokens, alone(&model, &[4, 5], &options(200)).tokens);
     let statistics = engine.statistics().unwrap();
@@ -229,7 +236,7 @@ fn a_reader_that_goes_away_takes_its_request_along() {
     let engine = model.engine(EngineOptions::default()).unwrap();
     let mut streams: Vec<TokenStream> = (0..4)
         .map(|_| {
-            let mut request = Request::new(vec![1, 2, 3], options(400));
+            let mut request = request(&[1, 2, 3], &options(400));
             request.buffer = 10;
             engine.submit(request).unwrap()
         })
@@ -245,8 +252,8 @@ fn a_reader_that_goes_away_takes_its_request_along() {
 fn a_panicking_logits_processor_fails_its_own_request() {
     let model = tiny(1);
     let engine = model.engine(EngineOptions::default()).unwrap();
-    let mut other = engine.submit(Request::new(vec![4, 5], options(50))).unwrap();
-    let mut request = Request::new(vec![1, 2, 3], options(50));
+    let mut other = engine.submit(request(&[4, 5], &options(50))).unwrap();
+    let mut request = request(&[1, 2, 3], &options(50));
     request.processors.push(Box::new(|_: &[u32], output_tokens: usize, _: &mut [f32]| {
         assert!(output_tokens < 3, "three is enough");
     }));
@@ -264,7 +271,7 @@ fn a_panicking_logits_processor_fails_its_own_request() {
 fn logits_processors_change_what_is_sampled() {
     let model = tiny(1);
     let engine = model.engine(EngineOptions::default()).unwrap();
-    let mut request = Request::new(vec![1, 2, 3], options(4));
+    let mut request = request(&[1, 2, 3], &options(4));
     request.processors.push(Box::new(
         |tokens: &[u32], output_tokens: usize, logits: &mut [f32]| {
             assert_eq!(tokens.len(), 3 + output_tokens);
@@ -280,15 +287,15 @@ fn a_deadline_ends_a_request_and_no_other() {
     let model = tiny(1);
     let engine =
         model.engine(EngineOptions { max_sequences: 1, ..EngineOptions::default() }).unwrap();
-    let mut running = engine.submit(Request::new(vec![4, 5], options(50))).unwrap();
-    let mut late = Request::new(vec![1, 2, 3], options(50));
+    let mut running = engine.submit(request(&[4, 5], &options(50))).unwrap();
+    let mut late = request(&[1, 2, 3], &options(50));
     late.deadline = Some(Instant::now());
     let (tokens, end) = read(&mut engine.submit(late).unwrap());
     assert!(tokens.is_empty() && matches!(end, Err(Error::DeadlineExceeded)));
     assert_eq!(read(&mut running).0.len(), 50);
 
     // One that pauses for ever is ended too.
-    let mut paused = Request::new(vec![1, 2, 3], options(50));
+    let mut paused = request(&[1, 2, 3], &options(50));
     (paused.buffer, paused.deadline) = (2, Some(Instant::now() + Duration::from_millis(300)));
     let mut paused = engine.submit(paused).unwrap();
     idle(&engine);
@@ -308,7 +315,7 @@ fn bad_requests_are_refused_with_the_reason() {
     };
     let engine = model.engine(small).unwrap();
     let refused = |prompt: Vec<u32>, options: GenerateOptions| {
-        engine.submit(Request::new(prompt, options)).err().expect("it is refused").to_string()
+        engine.submit(request(&prompt, &options)).err().expect("it is refused").to_string()
     };
     assert!(refused(vec![], options(5)).contains("empty"));
     assert!(refused(vec![1, 5000], options(5)).contains("5000"));
@@ -323,17 +330,17 @@ fn bad_requests_are_refused_with_the_reason() {
     // The same with no room at all, and with as much as is needed.
     let none = model.engine(EngineOptions { kv_bytes: 0, ..small }).unwrap();
     assert!(matches!(
-        none.submit(Request::new(vec![1], options(1))),
+        none.submit(request(&[1], &options(1))),
         Err(Error::KvBudget { needed: 1, room: 0 })
     ));
-    let (tokens, _) = read(&mut engine.submit(Request::new(vec![1; 60], options(5))).unwrap());
+    let (tokens, _) = read(&mut engine.submit(request(&[1; 60], &options(5))).unwrap());
     assert_eq!(tokens, alone(&model, &[1; 60], &options(5)).tokens);
 
     let mut patient = options(60);
     patient.sampling.temperature = 1.0;
     let streams: Vec<TokenStream> = (0..2)
         .map(|_| {
-            let mut request = Request::new(vec![1], patient.clone());
+            let mut request = request(&[1], &patient);
             request.buffer = 1;
             engine.submit(request).unwrap()
         })
@@ -341,13 +348,13 @@ fn bad_requests_are_refused_with_the_reason() {
     assert!(refused(vec![1], options(5)).contains("2 requests"));
     drop(streams);
     idle(&engine);
-    engine.submit(Request::new(vec![1], options(5))).unwrap();
+    engine.submit(request(&[1], &options(5))).unwrap();
 }
 
 #[test]
 fn no_tokens_are_generated_where_none_are_asked_for() {
     let engine = tiny(1).engine(EngineOptions::default()).unwrap();
-    let (tokens, end) = read(&mut engine.submit(Request::new(vec![1, 2], options(0))).unwrap());
+    let (tokens, end) = read(&mut engine.submit(request(&[1, 2], &options(0))).unwrap());
     assert_eq!((tokens.len(), end.unwrap().reason), (0, FinishReason::Length));
 }
 
@@ -357,7 +364,7 @@ fn a_prompt_that_fills_the_context_has_one_token_after_it() {
     let engine = model.engine(EngineOptions::default()).unwrap();
     let context = model.config().context_length;
     for (length, tokens) in [(context, 1), (context - 1, 2)] {
-        let request = Request::new(vec![5; length], options(4));
+        let request = request(&vec![5; length], &options(4));
         let (found, end) = read(&mut engine.submit(request).unwrap());
         assert_eq!((found.len(), end.unwrap().reason), (tokens, FinishReason::Length));
         assert_eq!(found, alone(&model, &vec![5; length], &options(4)).tokens);
@@ -368,7 +375,7 @@ fn a_prompt_that_fills_the_context_has_one_token_after_it() {
 fn a_stream_outlives_the_engine_it_came_from() {
     let model = tiny(1);
     let engine = model.engine(EngineOptions::default()).unwrap();
-    let mut stream = engine.submit(Request::new(vec![4, 5], options(200))).unwrap();
+    let mut stream = engine.submit(request(&[4, 5], &options(200))).unwrap();
     drop(engine);
     assert_eq!(read(&mut stream).0, alone(&model, &[4, 5], &options(200)).tokens);
 }
