@@ -25,7 +25,7 @@ use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
 use crate::kv_cache::{KvCache, KvStatistics};
 use crate::request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
-use crate::sampler::{Candidate, Candidates, Sampled, Sampler, Selection};
+use crate::sampler::{Candidate, Candidates, InvalidParameter, Sampled, Sampler, Selection};
 use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing, Work};
 use crate::session::{DEFAULT_CHUNK, PICKS, check_tokens};
 use crate::stream::{EventSender, TokenStream};
@@ -35,7 +35,7 @@ use crate::stream::{EventSender, TokenStream};
 pub struct EngineOptions {
     /// Sequences that run at once.
     pub max_sequences: usize,
-    /// Most tokens per step; at least one for each sequence.
+    /// Most tokens per step, or one for each sequence if that is more.
     pub step_tokens: usize,
     /// Requests that may wait besides those that run.
     pub queue: usize,
@@ -60,6 +60,22 @@ impl Default for EngineOptions {
             block_tokens: 16,
             prefix_reuse: true,
         }
+    }
+}
+
+impl EngineOptions {
+    /// Checks that no number is 0 that cannot be.
+    pub(crate) fn validate(&self) -> Result<(), InvalidParameter> {
+        for (name, value) in [
+            ("the number of sequences that run at once", self.max_sequences),
+            ("the number of tokens per step", self.step_tokens),
+            ("the number of tokens per KV block", self.block_tokens),
+        ] {
+            if value == 0 {
+                return Err(InvalidParameter { name, value: "0".into(), allowed: "at least 1" });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -121,7 +137,7 @@ struct Active {
     prompt_tokens: usize,
     most_output_tokens: usize,
     events: EventSender,
-    _place: Place,
+    place: Place,
 }
 
 impl Active {
@@ -176,9 +192,9 @@ impl Engine {
         decoder: Arc<Decoder<B>>,
         options: EngineOptions,
     ) -> Result<Self, Error> {
-        let max_sequences = options.max_sequences.max(1);
+        options.validate()?;
+        let EngineOptions { max_sequences, block_tokens, .. } = options;
         let step_tokens = options.step_tokens.max(max_sequences);
-        let block_tokens = options.block_tokens.max(1);
         let context_length = decoder.config().context_length;
         let layout = decoder.kv_layout(options.kv_type, block_tokens);
         // More than all running sequences can ever fill would only be a larger memory of prefixes.
@@ -246,7 +262,7 @@ impl Engine {
         }
         sampler.reserve(most_tokens);
         let place = self.handle.places.enter()?;
-        let (mut events, stream) = TokenStream::new(self.clone(), buffer);
+        let (mut events, stream) = TokenStream::new(self.clone(), buffer.min(most_output_tokens));
         let prompt_tokens = prompt.len();
         if most_output_tokens == 0 {
             let usage = Usage { prompt_tokens, reused_tokens: 0, output_tokens: 0 };
@@ -260,7 +276,7 @@ impl Engine {
             prompt_tokens,
             most_output_tokens,
             events,
-            _place: place,
+            place,
         };
         let standing = Standing { priority, client, deadline };
         self.send(Message::Submit(Box::new(Submission {
@@ -502,6 +518,7 @@ impl<B: Backend> StepLoop<B> {
     /// Gives a sequence its next token, or its end.
     fn sample(&mut self, slot: usize, logits: Logits<'_>) {
         let sequence = self.scheduler.sequence_mut(slot);
+        let reused_tokens = sequence.reused();
         let (active, tokens) = sequence.parts();
         active.sampler.swap_candidates(&mut self.candidates);
         let sampled = active.sample(tokens, logits);
@@ -514,7 +531,8 @@ impl<B: Backend> StepLoop<B> {
             return self.finish(slot, Ok(FinishReason::Stop));
         }
         let logprobs = logprob.map(|logprob| TokenLogprobs { logprob, top });
-        active.events.send(Ok(Event::Token(Token { id, logprobs })));
+        active.events.set_reused_tokens(reused_tokens);
+        active.events.send(Ok(Event::Token(Token { id, logprobs, time: Instant::now() })));
         let last = active.output_tokens(tokens) + 1 == active.most_output_tokens;
         self.scheduler.push(slot, id);
         self.statistics.output_tokens += 1;
@@ -527,9 +545,11 @@ impl<B: Backend> StepLoop<B> {
     fn finish(&mut self, slot: usize, end: Result<FinishReason, Error>) {
         let sequence = self.scheduler.remove(slot);
         let (reused_tokens, known) = (sequence.reused(), sequence.tokens().len());
-        let Active { mut events, prompt_tokens, .. } = sequence.request;
+        let Active { mut events, prompt_tokens, place, .. } = sequence.request;
         let output_tokens = known - prompt_tokens;
         let usage = Usage { prompt_tokens, reused_tokens, output_tokens };
+        // Whoever hears of the end may submit again at once.
+        drop(place);
         events.send(end.map(|reason| Event::Finished(Finish { reason, usage })));
     }
 

@@ -77,6 +77,15 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// Something was asked of an engine without a model.
+    #[error("no model is loaded: call load_model first")]
+    NoModel,
+    /// A batch without a single prompt.
+    #[error("the batch is empty: give at least one prompt")]
+    EmptyBatch,
+    /// A conversation that the model's template does not take.
+    #[error(transparent)]
+    Chat(#[from] bitnet_model::chat::ChatError),
     /// The model makes no embeddings, or makes nothing else.
     #[error("{0}")]
     WrongKind(String),

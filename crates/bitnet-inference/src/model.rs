@@ -5,6 +5,7 @@ use std::sync::Arc;
 use bitnet_core::Error as CoreError;
 use bitnet_core::{Device, ShortcutCounts, Shortcuts};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
+use bitnet_model::chat::ChatTemplate;
 use bitnet_model::config::{ModelConfig, Pooling};
 use bitnet_model::source::{self, Description};
 use bitnet_model::tokenizer::Tokenizer;
@@ -101,6 +102,20 @@ impl Model {
     /// The tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.description.tokenizer
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// [`Error::WrongKind`] for a base model, which has none.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, Error> {
+        self.description.template.as_ref().ok_or_else(|| {
+            Error::WrongKind(format!(
+                "{} is a base model without a chat template: continue a text with it, or choose a \
+                 chat model",
+                self.description.path.display()
+            ))
+        })
     }
 
     /// Number of token ids.

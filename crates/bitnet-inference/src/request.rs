@@ -43,7 +43,8 @@ pub struct Request {
     pub deadline: Option<Instant>,
     /// Applied to the logits in this order. Log-probabilities are those after them.
     pub processors: Vec<Box<dyn LogitsProcessor>>,
-    /// Tokens that may wait to be read before the request pauses, at least 1.
+    /// Tokens that may wait to be read before the request pauses, at least 1. More than can come are
+    /// as many as can come.
     pub buffer: usize,
 }
 
@@ -90,6 +91,8 @@ pub struct Token {
     pub id: u32,
     /// Its log-probability and those of the most probable ones, if asked for.
     pub logprobs: Option<TokenLogprobs>,
+    /// When it was sampled.
+    pub time: Instant,
 }
 
 /// What a finished request took.

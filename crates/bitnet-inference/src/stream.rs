@@ -6,7 +6,7 @@
 use std::future::poll_fn;
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
@@ -25,6 +25,8 @@ struct Signal {
     cancelled: AtomicBool,
     /// The writer is gone.
     closed: AtomicBool,
+    /// Tokens of the prompt whose keys and values were there already. Known with the first token.
+    reused_tokens: AtomicUsize,
 }
 
 /// The engine's end of a stream.
@@ -42,6 +44,11 @@ impl EventSender {
     /// Whether there is no room for a token and an end.
     pub(crate) fn is_full(&self) -> bool {
         self.ring.slots() < 2
+    }
+
+    /// Says how many tokens of the prompt were there already, before the first token is sent.
+    pub(crate) fn set_reused_tokens(&self, count: usize) {
+        self.signal.reused_tokens.store(count, Ordering::Relaxed);
     }
 
     /// Sends an event. There is room for it if the stream was not [full](EventSender::is_full).
@@ -103,6 +110,11 @@ impl TokenStream {
             return Poll::Ready(Some(Err(Error::EngineStopped { reason })));
         }
         Poll::Pending
+    }
+
+    /// Tokens of the prompt whose keys and values were there already. Known with the first token.
+    pub(crate) fn reused_tokens(&self) -> usize {
+        self.signal.reused_tokens.load(Ordering::Relaxed)
     }
 
     fn pop(&mut self) -> Option<Result<Event, Error>> {

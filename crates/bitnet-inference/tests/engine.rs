@@ -352,6 +352,17 @@ fn bad_requests_are_refused_with_the_reason() {
 }
 
 #[test]
+fn whoever_has_read_the_end_finds_a_place() {
+    let model = tiny(1);
+    let one = EngineOptions { max_sequences: 1, queue: 0, ..EngineOptions::default() };
+    let engine = model.engine(one).unwrap();
+    for _ in 0..1000 {
+        let mut stream = engine.submit(request(&[1], &options(1))).unwrap();
+        assert!(read(&mut stream).1.is_ok());
+    }
+}
+
+#[test]
 fn no_tokens_are_generated_where_none_are_asked_for() {
     let engine = tiny(1).engine(EngineOptions::default()).unwrap();
     let (tokens, end) = read(&mut engine.submit(request(&[1, 2], &options(0))).unwrap());
