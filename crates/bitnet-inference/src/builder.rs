@@ -222,8 +222,7 @@ impl InferenceEngineBuilder {
                 self.options.kv_bytes.min(half)
             }
         };
-        let prefix_reuse = self.optimization == OptimizationLevel::Aggressive;
-        EngineOptions { kv_bytes, prefix_reuse, ..self.options }
+        EngineOptions { kv_bytes, ..self.options }
     }
 }
 

@@ -45,8 +45,6 @@ pub struct EngineOptions {
     pub kv_type: KvType,
     /// Tokens per KV block: prefixes are shared in whole blocks.
     pub block_tokens: usize,
-    /// Whether a prefix that was computed for one request serves others.
-    pub prefix_reuse: bool,
 }
 
 impl Default for EngineOptions {
@@ -58,7 +56,6 @@ impl Default for EngineOptions {
             kv_bytes: 2_000_000_000,
             kv_type: KvType::F32,
             block_tokens: 16,
-            prefix_reuse: true,
         }
     }
 }
@@ -187,10 +184,12 @@ fn message(panic: &(dyn Any + Send)) -> String {
 }
 
 impl Engine {
-    /// Starts an engine on a thread of its own.
+    /// Starts an engine on a thread of its own. With `prefix_reuse`, a prefix that was computed for
+    /// one request serves others.
     pub(crate) fn start<B: Backend>(
         decoder: Arc<Decoder<B>>,
         options: EngineOptions,
+        prefix_reuse: bool,
     ) -> Result<Self, Error> {
         options.validate()?;
         let EngineOptions { max_sequences, block_tokens, .. } = options;
@@ -209,7 +208,7 @@ impl Engine {
             kv: decoder.backend().kv_allocate(layout, blocks)?,
             workspace: decoder.workspace(step_tokens, PICKS)?,
             scheduler: Scheduler::new(
-                KvCache::new(block_tokens, blocks, options.prefix_reuse),
+                KvCache::new(block_tokens, blocks, prefix_reuse),
                 Limits { max_sequences, step_tokens },
                 places,
             ),

@@ -42,6 +42,17 @@ pub fn device_reason(device: Device) -> Option<String> {
     }
 }
 
+/// The shortcuts that the options or the environment leave on.
+fn shortcuts(options: &ModelOptions) -> Result<Shortcuts, Error> {
+    match options.shortcuts {
+        Some(shortcuts) => Ok(shortcuts),
+        None => Ok(Shortcuts::from_env().map_err(|error| CoreError::DeviceUnavailable {
+            device: options.device.unwrap_or(Device::Cpu),
+            reason: error.to_string(),
+        })?),
+    }
+}
+
 /// The backend that the options ask for.
 pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
     let device = options.device.unwrap_or(Device::Cpu);
@@ -52,16 +63,11 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
         Some(isa) => Some(isa),
         None => Isa::from_env()?,
     };
-    let shortcuts = match options.shortcuts {
-        Some(shortcuts) => shortcuts,
-        None => Shortcuts::from_env()
-            .map_err(|error| CoreError::DeviceUnavailable { device, reason: error.to_string() })?,
-    };
     Ok(CpuBackend::new(CpuOptions {
         threads: options.threads,
         isa,
         pinned: options.pinned,
-        shortcuts,
+        shortcuts: shortcuts(options)?,
         copies: options.copies,
     })?)
 }
@@ -70,6 +76,7 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
 pub struct Model {
     description: Description,
     decoder: Box<dyn AnyDecoder>,
+    shortcuts: Shortcuts,
 }
 
 impl Model {
@@ -86,7 +93,8 @@ impl Model {
             options.load,
             &mut description.notes,
         )?;
-        Ok(Model { description, decoder: Box::new(Arc::new(decoder)) })
+        let decoder = Box::new(Arc::new(decoder));
+        Ok(Model { description, decoder, shortcuts: shortcuts(options)? })
     }
 
     /// Everything about the model but its weights.
@@ -143,7 +151,7 @@ impl Model {
     /// # Errors
     /// If its memory is not there.
     pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
-        self.decoder.engine(options)
+        self.decoder.engine(options, self.shortcuts.prefix)
     }
 
     /// The embedding of a text: hidden states pooled as the model says, scaled to length 1.

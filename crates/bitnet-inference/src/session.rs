@@ -43,7 +43,7 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn backend_name(&self) -> String;
     fn shortcut_counts(&self) -> ShortcutCounts;
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
-    fn engine(&self, options: EngineOptions) -> Result<Engine, Error>;
+    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
 }
 
 impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
@@ -79,8 +79,8 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
         Ok(Session { sequence: Box::new(sequence) })
     }
 
-    fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
-        Engine::start(self.clone(), options)
+    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error> {
+        Engine::start(self.clone(), options, prefix_reuse)
     }
 }
 

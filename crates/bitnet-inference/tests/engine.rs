@@ -4,15 +4,20 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
+use bitnet_core::Shortcuts;
 use bitnet_inference::{
     Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation, Model,
     ModelOptions, Request, SamplingParams, SessionOptions, TokenStream, generate,
 };
 use bitnet_testing::Random;
 
+fn open(threads: usize, shortcuts: Shortcuts) -> Model {
+    let (threads, shortcuts) = (Some(threads), Some(shortcuts));
+    Model::open("tiny", &ModelOptions { threads, shortcuts, ..ModelOptions::default() }).unwrap()
+}
+
 fn tiny(threads: usize) -> Model {
-    let options = ModelOptions { threads: Some(threads), ..ModelOptions::default() };
-    Model::open("tiny", &options).unwrap()
+    open(threads, Shortcuts::ALL)
 }
 
 fn options(max_tokens: usize) -> GenerateOptions {
@@ -161,8 +166,8 @@ fn random_requests_get_the_tokens_they_get_alone() {
     let reasons: Vec<FinishReason> = cases.iter().map(|c| c.expected.finish_reason).collect();
     assert!(reasons.contains(&FinishReason::Stop) && reasons.contains(&FinishReason::Length));
     for threads in [1, 2] {
-        let model = tiny(threads);
         for prefix_reuse in [false, true] {
+            let model = open(threads, Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL });
             let engine = model
                 .engine(EngineOptions {
                     max_sequences: 8,
@@ -170,7 +175,6 @@ fn random_requests_get_the_tokens_they_get_alone() {
                     queue: 60,
                     // A little more than the longest request needs.
                     kv_bytes: kv_bytes(&model, 700),
-                    prefix_reuse,
                     ..EngineOptions::default()
                 })
                 .unwrap();
