@@ -341,11 +341,12 @@ struct Wanted {
 }
 
 struct StepLoop<B: Backend> {
+    /// Dropped before the streams' ends: who hears that the thread has ended is refused from then on.
+    inbox: Receiver<Message>,
     decoder: Arc<Decoder<B>>,
     kv: B::Kv,
     workspace: Workspace<B>,
     scheduler: Scheduler<Active>,
-    inbox: Receiver<Message>,
     statistics: EngineStatistics,
     // Room for one step.
     tokens: Vec<u32>,

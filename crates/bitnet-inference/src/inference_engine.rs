@@ -220,6 +220,16 @@ impl InferenceEngine {
     ///
     /// The answer is an error as for [`generate`](InferenceEngine::generate), and if the model has no
     /// chat template or its template refuses the conversation.
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, Message};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let messages = [Message::new("user", "Tell me a story.")];
+    /// println!("{}", engine.chat(&messages, GenerationParams::default()).wait()?.text);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
     pub fn chat(&self, messages: &[Message], params: GenerationParams) -> Answer<Generation> {
         Answer::from(self.stream_chat(messages, params, WHOLE))
     }
@@ -272,6 +282,24 @@ impl InferenceEngine {
     ///
     /// # Errors
     /// [`Error::NoModel`]. What goes wrong with one prompt is the result of this one.
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, StreamingConfig};
+    /// use futures_util::{StreamExt, stream};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let prompts = stream::iter(["Once", "One day"]).map(str::to_owned);
+    /// let config = StreamingConfig { ordered: false, ..StreamingConfig::default() };
+    /// let mut results = engine.generate_stream(prompts, GenerationParams::default(), config)?;
+    /// futures_executor::block_on(async {
+    ///     while let Some((index, generation)) = results.next().await {
+    ///         println!("{index}: {}", generation?.text);
+    ///     }
+    ///     Ok::<(), bitnet_inference::Error>(())
+    /// })?;
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
     pub fn generate_stream<S: Stream<Item = String> + Send>(
         &self,
         prompts: S,
@@ -316,6 +344,16 @@ impl InferenceEngine {
     /// when the answer is awaited, at most as many at once as the batch has room for.
     ///
     /// The answer is the first error, if there is one, and an error if the batch is empty.
+    ///
+    /// ```
+    /// use bitnet_inference::InferenceEngine;
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let logits = engine.infer_batch(&[vec![1, 2, 3], vec![4, 5]]).wait()?;
+    /// assert_eq!(logits.len(), 2);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
     pub fn infer_batch(&self, batch: &[Vec<u32>]) -> Answer<Vec<Vec<f32>>> {
         let loaded = match self.loaded() {
             Ok(_) if batch.is_empty() => return Answer::failed(Error::EmptyBatch),

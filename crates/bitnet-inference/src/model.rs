@@ -149,7 +149,27 @@ impl Model {
     /// An engine that runs many requests on this model at once, on a thread of its own.
     ///
     /// # Errors
-    /// If its memory is not there.
+    /// If its memory is not there, or an option is 0 that cannot be.
+    ///
+    /// ```
+    /// use bitnet_inference::{
+    ///     EngineOptions, Event, Model, ModelOptions, Request, SamplingParams,
+    /// };
+    ///
+    /// let model = Model::open("tiny", &ModelOptions::default())?;
+    /// let engine = model.engine(EngineOptions::default())?;
+    /// let request = |prompt: &[u32]| Request::new(prompt.to_vec(), SamplingParams::default(), 8);
+    /// let streams = [engine.submit(request(&[1, 2, 3]))?, engine.submit(request(&[4, 5]))?];
+    /// for mut stream in streams {
+    ///     while let Some(event) = stream.next() {
+    ///         match event? {
+    ///             Event::Token(token) => print!("{} ", token.id),
+    ///             Event::Finished(finish) => println!("{}", finish.reason.as_str()),
+    ///         }
+    ///     }
+    /// }
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
     pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
         self.decoder.engine(options, self.shortcuts.prefix)
     }

@@ -11,7 +11,25 @@ use crate::sampler::SamplingParams;
 /// them.
 ///
 /// The engine may compute a position more than once, or after another one: what `process` does must
-/// depend on its arguments alone, or the tokens depend on what else is running.
+/// depend on its arguments alone, or the tokens depend on what else is running. A panic in `process`
+/// ends its request with an error. Dropping it must not panic.
+///
+/// ```
+/// use bitnet_inference::{GenerationParams, InferenceEngine};
+///
+/// // Closures are processors: this one allows no token twice in a row.
+/// let mut engine = InferenceEngine::builder()
+///     .logits_processor(|| {
+///         |tokens: &[u32], _output_tokens: usize, logits: &mut [f32]| {
+///             logits[tokens[tokens.len() - 1] as usize] = f32::NEG_INFINITY;
+///         }
+///     })
+///     .build()?;
+/// engine.load_model("tiny")?;
+/// let tokens = engine.generate("Once upon a time", GenerationParams::default()).wait()?.tokens;
+/// assert!(tokens.windows(2).all(|pair| pair[0] != pair[1]));
+/// # Ok::<(), bitnet_inference::Error>(())
+/// ```
 pub trait LogitsProcessor: Send {
     /// Changes `logits: [vocabulary]` of the token that follows `tokens`, of which the last
     /// `output_tokens` are output.

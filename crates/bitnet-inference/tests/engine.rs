@@ -6,8 +6,9 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::Shortcuts;
 use bitnet_inference::{
-    Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation, Model,
-    ModelOptions, Request, SamplingParams, SessionOptions, TokenStream, generate,
+    Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation,
+    LogitsProcessor, Model, ModelOptions, Request, SamplingParams, SessionOptions, TokenStream,
+    generate,
 };
 use bitnet_testing::Random;
 
@@ -384,6 +385,34 @@ fn a_prompt_that_fills_the_context_has_one_token_after_it() {
         assert_eq!((found.len(), end.unwrap().reason), (tokens, FinishReason::Length));
         assert_eq!(found, alone(&model, &vec![5; length], &options(4)).tokens);
     }
+}
+
+/// Changes nothing, and panics where no panic is expected: when it is dropped.
+struct Unruly;
+
+impl LogitsProcessor for Unruly {
+    fn process(&mut self, _: &[u32], _: usize, _: &mut [f32]) {}
+}
+
+impl Drop for Unruly {
+    fn drop(&mut self) {
+        panic!("not here");
+    }
+}
+
+#[test]
+fn if_the_step_thread_dies_nobody_waits_for_ever() {
+    let engine = tiny(1).engine(EngineOptions::default()).unwrap();
+    let mut other = engine.submit(request(&[4, 5], &options(400))).unwrap();
+    let mut unruly = request(&[1, 2, 3], &options(2));
+    unruly.processors.push(Box::new(Unruly));
+    let mut unruly = engine.submit(unruly).unwrap();
+    assert_eq!(read(&mut unruly).0.len(), 2);
+    assert!(matches!(read(&mut other).1, Err(Error::EngineStopped { .. })));
+    assert!(other.next().is_none());
+    let refused = engine.submit(request(&[4, 5], &options(1))).err();
+    assert!(matches!(refused, Some(Error::EngineStopped { .. })), "{refused:?}");
+    assert!(matches!(engine.statistics(), Err(Error::EngineStopped { .. })));
 }
 
 #[test]
