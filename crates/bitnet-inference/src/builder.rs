@@ -188,7 +188,7 @@ impl InferenceEngineBuilder {
     /// The engine, without a model.
     ///
     /// # Errors
-    /// If the device is not there, or a number is 0 that cannot be.
+    /// If the device is not there, or a number is one that no engine can have.
     pub fn build(self) -> Result<InferenceEngine, Error> {
         if let Some(device) = self.device
             && let Some(reason) = device_reason(device)

@@ -61,15 +61,17 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// Checks that no number is 0 that cannot be.
+    /// Refuses numbers that no engine can have. Room is made for all of them at the start, so that
+    /// a slip of a few digits must not take all memory.
     pub(crate) fn validate(&self) -> Result<(), InvalidParameter> {
-        for (name, value) in [
-            ("the number of sequences that run at once", self.max_sequences),
-            ("the number of tokens per step", self.step_tokens),
-            ("the number of tokens per KV block", self.block_tokens),
+        for (name, value, possible, allowed) in [
+            ("the number of requests that run at once", self.max_sequences, 1..=4096, "1 to 4096"),
+            ("the number of tokens per step", self.step_tokens, 1..=65_536, "1 to 65536"),
+            ("the number of requests that may wait", self.queue, 0..=1_000_000, "0 to 1000000"),
+            ("the number of tokens per KV block", self.block_tokens, 1..=4096, "1 to 4096"),
         ] {
-            if value == 0 {
-                return Err(InvalidParameter { name, value: "0".into(), allowed: "at least 1" });
+            if !possible.contains(&value) {
+                return Err(InvalidParameter { name, value: value.to_string(), allowed });
             }
         }
         Ok(())
@@ -360,14 +362,11 @@ struct StepLoop<B: Backend> {
     candidates: Candidates,
 }
 
-/// The memory of an empty vector for elements with other lifetimes.
-macro_rules! recycle {
-    ($vec:expr) => {{
-        let mut vec = $vec;
-        vec.clear();
-        // Collecting a vector's own iterator keeps its memory.
-        vec.into_iter().map(|_| unreachable!("it is empty")).collect()
-    }};
+/// The memory of a vector for other elements, which differ in lifetimes alone.
+fn emptied<T, U>(mut vec: Vec<T>) -> Vec<U> {
+    vec.clear();
+    // Collecting what comes out of a vector into one of the same layout keeps its memory.
+    vec.into_iter().map(|_| unreachable!("it is empty")).collect()
 }
 
 impl<B: Backend> StepLoop<B> {
@@ -465,7 +464,7 @@ impl<B: Backend> StepLoop<B> {
         let Self { decoder, kv, workspace, scheduler, tokens, statistics, .. } = self;
         decoder.backend().kv_copy(kv, scheduler.copies());
         tokens.clear();
-        let mut spans: Vec<Span<'_>> = recycle!(std::mem::take(&mut self.spans));
+        let mut spans: Vec<Span<'_>> = emptied(std::mem::take(&mut self.spans));
         for &Work { slot, position, count } in scheduler.batch() {
             let sequence = scheduler.sequence(slot);
             let start = tokens.len();
@@ -473,7 +472,7 @@ impl<B: Backend> StepLoop<B> {
             spans.push(Span { rows: start..tokens.len(), position, blocks: sequence.blocks() });
         }
         decoder.forward(&Step { tokens, spans: &spans }, kv, workspace);
-        self.spans = recycle!(spans);
+        self.spans = emptied(spans);
         statistics.steps += 1;
         statistics.computed_tokens += tokens.len() as u64;
         scheduler.complete();
@@ -496,7 +495,7 @@ impl<B: Backend> StepLoop<B> {
     /// Gets the logits of the rows that need only some; false if the model cannot tell which.
     fn select(&mut self) -> Result<bool, CoreError> {
         let Self { decoder, workspace, scheduler, wanted, selected, .. } = self;
-        let mut picks: Vec<Pick<'_>> = recycle!(std::mem::take(&mut self.picks));
+        let mut picks: Vec<Pick<'_>> = emptied(std::mem::take(&mut self.picks));
         let mut sequences = scheduler.sequences_mut();
         for wanted in wanted.iter_mut() {
             let (_, sequence) =
@@ -509,7 +508,7 @@ impl<B: Backend> StepLoop<B> {
         }
         let outs = &mut selected[..picks.len()];
         let screened = picks.is_empty() || decoder.candidates(workspace, &picks, outs)?;
-        self.picks = recycle!(picks);
+        self.picks = emptied(picks);
         // The order of the picks, which is that of the results.
         wanted.sort_unstable_by_key(|wanted| (!wanted.selected, wanted.slot));
         Ok(screened)

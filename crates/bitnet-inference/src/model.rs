@@ -149,7 +149,7 @@ impl Model {
     /// An engine that runs many requests on this model at once, on a thread of its own.
     ///
     /// # Errors
-    /// If its memory is not there, or an option is 0 that cannot be.
+    /// If its memory is not there, or an option has a number that no engine can have.
     ///
     /// ```
     /// use bitnet_inference::{

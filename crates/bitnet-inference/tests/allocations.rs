@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bitnet_core::backend::KvType;
 use bitnet_inference::{
@@ -130,7 +130,9 @@ fn the_engine_allocates_nothing_between_admissions() {
             })
             .collect();
         // This thread does nothing meanwhile, so that every allocation is one of a step.
+        let patience = Instant::now() + Duration::from_secs(120);
         while COUNTS[1].load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < patience, "the engine is stuck");
             std::thread::sleep(Duration::from_millis(5));
         }
         let statistics = engine.statistics().unwrap();
