@@ -100,8 +100,8 @@ fn the_engine_allocates_nothing_between_admissions() {
         SamplingParams { temperature: 1.0, ..neutral.clone() },
         SamplingParams { logit_bias: vec![(3, 2.0)], repetition_penalty: 1.1, ..neutral },
     ];
-    for threads in [1, 2] {
-        let options = ModelOptions { threads: Some(threads), ..ModelOptions::default() };
+    for (threads, copies) in [(1, false), (1, true), (2, true)] {
+        let options = ModelOptions { threads: Some(threads), copies, ..ModelOptions::default() };
         let model = Model::open(folder.path().to_str().unwrap(), &options).unwrap();
         let engine = model.engine(EngineOptions::default()).unwrap();
         COUNTS[1].store(0, Ordering::SeqCst);
@@ -138,7 +138,7 @@ fn the_engine_allocates_nothing_between_admissions() {
         let statistics = engine.statistics().unwrap();
         assert_eq!((statistics.running, statistics.preemptions), (16, 0));
         let [start, end] = COUNTS.each_ref().map(|count| count.load(Ordering::SeqCst));
-        assert_eq!(end - start, 0, "{threads} threads");
+        assert_eq!(end - start, 0, "{threads} threads, copies {copies}");
         drop(streams);
     }
 }
