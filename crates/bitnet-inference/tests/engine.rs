@@ -103,7 +103,9 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
         .collect();
     (0..count)
         .map(|_| {
-            let length = (1 + random.below(700)).min(context);
+            // 1 to 700, more short ones than long ones.
+            let longest = 1 + random.below(700);
+            let length = (1 + random.below(longest)).min(context);
             let mut prompt = match random.below(2) {
                 0 => Vec::new(),
                 _ => prefixes[random.below(prefixes.len())].clone(),
