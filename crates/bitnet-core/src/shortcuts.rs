@@ -1,23 +1,26 @@
-//! The exact shortcuts of a backend: which may be taken, and how much they saved. None of them
-//! changes a bit of a result.
+//! Exact shortcuts: which may be taken, and how much those of a backend saved. None of them changes
+//! a bit of a result.
 
 use std::str::FromStr;
 
-/// Which exact shortcuts a backend may take.
+/// Which exact shortcuts may be taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Shortcuts {
     /// Skipping what a zero gate makes zero in a feed-forward network.
     pub sparsity: bool,
     /// Screening the rows of the output head in reduced precision.
     pub head: bool,
+    /// Using the keys and values of a prefix for every request that begins with it: taken by engines,
+    /// not by backends.
+    pub prefix: bool,
 }
 
 impl Shortcuts {
     /// Every shortcut.
-    pub const ALL: Shortcuts = Shortcuts { sparsity: true, head: true };
+    pub const ALL: Shortcuts = Shortcuts { sparsity: true, head: true, prefix: true };
 
     /// No shortcut.
-    pub const NONE: Shortcuts = Shortcuts { sparsity: false, head: false };
+    pub const NONE: Shortcuts = Shortcuts { sparsity: false, head: false, prefix: false };
 
     /// Name of the environment variable that turns shortcuts off.
     pub const VARIABLE: &str = "BITNET_SHORTCUTS";
@@ -64,6 +67,7 @@ impl FromStr for Shortcuts {
             match word.trim() {
                 "sparsity" => shortcuts.sparsity = false,
                 "head" => shortcuts.head = false,
+                "prefix" => shortcuts.prefix = false,
                 other => return Err(UnknownShortcut(other.escape_debug().to_string())),
             }
         }
@@ -97,7 +101,7 @@ mod tests {
         assert_eq!("".parse(), Ok(Shortcuts::ALL));
         assert_eq!("off".parse(), Ok(Shortcuts::NONE));
         assert_eq!("head".parse(), Ok(Shortcuts { head: false, ..Shortcuts::ALL }));
-        assert_eq!("head, sparsity".parse(), Ok(Shortcuts::NONE));
+        assert_eq!("head, sparsity,prefix".parse(), Ok(Shortcuts::NONE));
         let error = "head,magic".parse::<Shortcuts>().unwrap_err().to_string();
         assert!(error.contains("`magic` in BITNET_SHORTCUTS"), "{error}");
     }

@@ -1,6 +1,7 @@
 //! Errors of running a model: one sentence each.
 
 use crate::sampler::{InvalidParameter, SampleError};
+use crate::scheduler::QueueFull;
 use crate::stop::EmptyStopString;
 
 /// Why a request failed.
@@ -45,6 +46,46 @@ pub enum Error {
     /// Text and token ids.
     #[error(transparent)]
     Tokenizer(#[from] bitnet_model::tokenizer::TokenizerError),
+    /// More requests than there are places for.
+    #[error(transparent)]
+    QueueFull(#[from] QueueFull),
+    /// A request that may need more keys and values than the engine's budget has room for.
+    #[error(
+        "the request may need keys and values of {needed} tokens but the KV cache has room for {room}: \
+         lower the token limit, shorten the prompt or give the KV cache more memory"
+    )]
+    KvBudget {
+        /// Tokens of prompt and output.
+        needed: usize,
+        /// Tokens that fit.
+        room: usize,
+    },
+    /// The deadline of a request passed before it was finished.
+    #[error(
+        "the deadline of the request passed: allow more time or submit it when fewer are running"
+    )]
+    DeadlineExceeded,
+    /// A logits processor panicked.
+    #[error("a logits processor panicked: {message}")]
+    ProcessorPanicked {
+        /// What it said.
+        message: String,
+    },
+    /// The engine's thread has ended, and every request with it.
+    #[error("the engine has stopped: {reason}")]
+    EngineStopped {
+        /// Why.
+        reason: String,
+    },
+    /// Something was asked of an engine without a model.
+    #[error("no model is loaded: call load_model first")]
+    NoModel,
+    /// A batch without a single prompt.
+    #[error("the batch is empty: give at least one prompt")]
+    EmptyBatch,
+    /// A conversation that the model's template does not take.
+    #[error(transparent)]
+    Chat(#[from] bitnet_model::chat::ChatError),
     /// The model makes no embeddings, or makes nothing else.
     #[error("{0}")]
     WrongKind(String),

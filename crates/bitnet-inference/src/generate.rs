@@ -4,12 +4,12 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::time::{Duration, Instant};
 
-use bitnet_model::tokenizer::{Detokenizer, Tokenizer, TokenizerError};
+use bitnet_model::tokenizer::Tokenizer;
 
 use crate::error::Error;
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::Session;
-use crate::stop::StopStrings;
+use crate::transcript::Transcript;
 
 /// What to generate and when to stop.
 #[derive(Debug, Clone, PartialEq)]
@@ -82,8 +82,7 @@ pub fn generate(
     mut show: impl FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Generation, Error> {
     let mut sampler = Sampler::new(&options.sampling)?;
-    let mut stop = StopStrings::new(options.stop.clone())?;
-    let mut detokenizer = Detokenizer::within(true);
+    let mut transcript = Transcript::new(options.stop.clone())?;
     let mut history = prompt.to_vec();
     let (mut logits, mut candidates) = (Vec::new(), Vec::new());
     let mut generation = Generation {
@@ -116,15 +115,10 @@ pub fn generate(
         if let Some(logprob) = sampled.logprob {
             generation.logprobs.push(TokenLogprobs { logprob, top: sampled.top_logprobs });
         }
-        let text = match detokenizer.push(tokenizer, sampled.token) {
-            Ok(text) => stop.push(text),
-            // Some models have more logits than tokens: the rest is padding without text.
-            Err(TokenizerError::UnknownId { .. }) => String::new(),
-            Err(error) => return Err(error.into()),
-        };
+        let text = transcript.push(tokenizer, sampled.token)?;
         generation.text.push_str(&text);
         let flow = if text.is_empty() { ControlFlow::Continue(()) } else { show(&text) };
-        if stop.matched().is_some() {
+        if transcript.is_stopped() {
             generation.finish_reason = FinishReason::Stop;
             break;
         }
@@ -142,20 +136,14 @@ pub fn generate(
         }
     }
     generation.decode_time = start.elapsed();
-    if stop.matched().is_none() {
-        let mut rest = stop.push(detokenizer.finish());
-        if stop.matched().is_none() {
-            rest.push_str(&stop.finish());
-        }
-        // The end of the text can complete a match that more text might have outdone.
-        if stop.matched().is_some() && generation.finish_reason == FinishReason::Length {
-            generation.finish_reason = FinishReason::Stop;
-        }
-        generation.text.push_str(&rest);
-        if !rest.is_empty() && generation.finish_reason != FinishReason::Cancelled {
-            // Nothing follows, so the answer does not matter.
-            let _ = show(&rest);
-        }
+    let rest = transcript.finish();
+    if transcript.is_stopped() && generation.finish_reason == FinishReason::Length {
+        generation.finish_reason = FinishReason::Stop;
+    }
+    generation.text.push_str(&rest);
+    if !rest.is_empty() && generation.finish_reason != FinishReason::Cancelled {
+        // Nothing follows, so the answer does not matter.
+        let _ = show(&rest);
     }
     Ok(generation)
 }

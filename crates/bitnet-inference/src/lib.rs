@@ -2,16 +2,36 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod builder;
+pub mod engine;
 pub mod error;
 pub mod generate;
+pub mod inference_engine;
+pub mod inference_stream;
+mod kv_cache;
 pub mod model;
 pub mod random;
+pub mod request;
 pub mod sampler;
+mod scheduler;
 pub mod session;
 pub mod stop;
+mod stream;
+mod transcript;
 
+pub use bitnet_core::Device;
+pub use bitnet_core::backend::KvType;
+pub use bitnet_model::chat::Message;
+pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
+pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
+pub use inference_engine::{Answer, GenerationParams, InferenceEngine, quick_infer, smart_infer};
+pub use inference_stream::{InferenceStream, StreamEvent, StreamingConfig};
+pub use kv_cache::KvStatistics;
 pub use model::{Model, ModelOptions, device_reason};
+pub use request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
 pub use sampler::SamplingParams;
+pub use scheduler::QueueFull;
 pub use session::{Session, SessionOptions};
+pub use stream::TokenStream;

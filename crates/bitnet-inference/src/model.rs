@@ -5,11 +5,13 @@ use std::sync::Arc;
 use bitnet_core::Error as CoreError;
 use bitnet_core::{Device, ShortcutCounts, Shortcuts};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
+use bitnet_model::chat::ChatTemplate;
 use bitnet_model::config::{ModelConfig, Pooling};
 use bitnet_model::source::{self, Description};
 use bitnet_model::tokenizer::Tokenizer;
 use bitnet_model::weights::{self, LoadOptions};
 
+use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
 use crate::session::{AnyDecoder, Session, SessionOptions};
 
@@ -40,6 +42,17 @@ pub fn device_reason(device: Device) -> Option<String> {
     }
 }
 
+/// The shortcuts that the options or the environment leave on.
+fn shortcuts(options: &ModelOptions) -> Result<Shortcuts, Error> {
+    match options.shortcuts {
+        Some(shortcuts) => Ok(shortcuts),
+        None => Ok(Shortcuts::from_env().map_err(|error| CoreError::DeviceUnavailable {
+            device: options.device.unwrap_or(Device::Cpu),
+            reason: error.to_string(),
+        })?),
+    }
+}
+
 /// The backend that the options ask for.
 pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
     let device = options.device.unwrap_or(Device::Cpu);
@@ -50,16 +63,11 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
         Some(isa) => Some(isa),
         None => Isa::from_env()?,
     };
-    let shortcuts = match options.shortcuts {
-        Some(shortcuts) => shortcuts,
-        None => Shortcuts::from_env()
-            .map_err(|error| CoreError::DeviceUnavailable { device, reason: error.to_string() })?,
-    };
     Ok(CpuBackend::new(CpuOptions {
         threads: options.threads,
         isa,
         pinned: options.pinned,
-        shortcuts,
+        shortcuts: shortcuts(options)?,
         copies: options.copies,
     })?)
 }
@@ -68,6 +76,7 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
 pub struct Model {
     description: Description,
     decoder: Box<dyn AnyDecoder>,
+    shortcuts: Shortcuts,
 }
 
 impl Model {
@@ -84,7 +93,8 @@ impl Model {
             options.load,
             &mut description.notes,
         )?;
-        Ok(Model { description, decoder: Box::new(Arc::new(decoder)) })
+        let decoder = Box::new(Arc::new(decoder));
+        Ok(Model { description, decoder, shortcuts: shortcuts(options)? })
     }
 
     /// Everything about the model but its weights.
@@ -100,6 +110,20 @@ impl Model {
     /// The tokenizer.
     pub fn tokenizer(&self) -> &Tokenizer {
         &self.description.tokenizer
+    }
+
+    /// The chat template.
+    ///
+    /// # Errors
+    /// [`Error::WrongKind`] for a base model, which has none.
+    pub fn chat_template(&self) -> Result<&ChatTemplate, Error> {
+        self.description.template.as_ref().ok_or_else(|| {
+            Error::WrongKind(format!(
+                "{} is a base model without a chat template: continue a text with it, or choose a \
+                 chat model",
+                self.description.path.display()
+            ))
+        })
     }
 
     /// Number of token ids.
@@ -120,6 +144,34 @@ impl Model {
     /// A new, empty sequence.
     pub fn session(&self, options: SessionOptions) -> Result<Session, Error> {
         self.decoder.session(options)
+    }
+
+    /// An engine that runs many requests on this model at once, on a thread of its own.
+    ///
+    /// # Errors
+    /// If its memory is not there, or an option has a number that no engine can have.
+    ///
+    /// ```
+    /// use bitnet_inference::{
+    ///     EngineOptions, Event, Model, ModelOptions, Request, SamplingParams,
+    /// };
+    ///
+    /// let model = Model::open("tiny", &ModelOptions::default())?;
+    /// let engine = model.engine(EngineOptions::default())?;
+    /// let request = |prompt: &[u32]| Request::new(prompt.to_vec(), SamplingParams::default(), 8);
+    /// let streams = [engine.submit(request(&[1, 2, 3]))?, engine.submit(request(&[4, 5]))?];
+    /// for mut stream in streams {
+    ///     while let Some(event) = stream.next() {
+    ///         match event? {
+    ///             Event::Token(token) => print!("{} ", token.id),
+    ///             Event::Finished(finish) => println!("{}", finish.reason.as_str()),
+    ///         }
+    ///     }
+    /// }
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
+        self.decoder.engine(options, self.shortcuts.prefix)
     }
 
     /// The embedding of a text: hidden states pooled as the model says, scaled to length 1.

@@ -213,6 +213,23 @@ impl Sampler {
         }
     }
 
+    /// Makes room for a history of this many tokens, so that no position up to there allocates, given
+    /// [candidates](Sampler::swap_candidates) with room for the vocabulary.
+    pub(crate) fn reserve(&mut self, history: usize) {
+        let adjustments = self.chain.filters().iter().filter(|filter| filter.is_adjustment());
+        let touched = adjustments.map(|filter| match filter {
+            Filter::LogitBias(biases) => biases.len(),
+            _ => history,
+        });
+        self.touched.reserve(touched.sum());
+        self.chain.reserve(history);
+    }
+
+    /// Exchanges the candidates it works with: samplers that take turns can share their memory.
+    pub(crate) fn swap_candidates(&mut self, candidates: &mut Candidates) {
+        std::mem::swap(&mut self.candidates, candidates);
+    }
+
     /// Samples from the logits of the whole vocabulary, `logits: [vocabulary]`.
     ///
     /// `history` is the prompt and the output so far, of which the last `output_position` tokens

@@ -7,6 +7,7 @@ use bitnet_core::{Error as CoreError, Pick, ShortcutCounts};
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Step, Workspace};
 
+use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
 use crate::sampler::{Candidate, Selection};
 
@@ -18,7 +19,7 @@ pub(crate) const BLOCK_TOKENS: usize = 16;
 pub const DEFAULT_CHUNK: usize = 128;
 
 /// Rows of logits that are in memory at once.
-const PICKS: usize = 8;
+pub(crate) const PICKS: usize = 8;
 
 /// How a session is set up. None of these changes a token, but the KV type.
 #[derive(Debug, Clone, Copy)]
@@ -42,6 +43,7 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn backend_name(&self) -> String;
     fn shortcut_counts(&self) -> ShortcutCounts;
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
+    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
 }
 
 impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
@@ -76,6 +78,30 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
         };
         Ok(Session { sequence: Box::new(sequence) })
     }
+
+    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error> {
+        Engine::start(self.clone(), options, prefix_reuse)
+    }
+}
+
+/// Refuses tokens that the model does not have, or has no room for after `before` others. The limits
+/// are the length of the context and the size of the vocabulary.
+pub(crate) fn check_tokens(
+    tokens: &[u32],
+    before: usize,
+    (context_length, vocab_size): (usize, usize),
+) -> Result<(), Error> {
+    if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
+        return Err(Error::TokenOutOfRange { token, vocab_size });
+    }
+    let length = before + tokens.len();
+    if length > context_length {
+        return Err(Error::ContextExceeded { length, context_length });
+    }
+    if tokens.is_empty() {
+        return Err(Error::EmptyPrompt);
+    }
+    Ok(())
 }
 
 /// One sequence being read and written.
@@ -215,20 +241,8 @@ impl Session {
         context_length - self.length()
     }
 
-    /// Refuses tokens that the model does not have or has no room for.
     fn check(&self, tokens: &[u32]) -> Result<(), Error> {
-        let (context_length, vocab_size) = self.sequence.decoder_limits();
-        if let Some(&token) = tokens.iter().find(|&&token| token as usize >= vocab_size) {
-            return Err(Error::TokenOutOfRange { token, vocab_size });
-        }
-        let length = self.length() + tokens.len();
-        if length > context_length {
-            return Err(Error::ContextExceeded { length, context_length });
-        }
-        if tokens.is_empty() {
-            return Err(Error::EmptyPrompt);
-        }
-        Ok(())
+        check_tokens(tokens, self.length(), self.sequence.decoder_limits())
     }
 
     /// Reads tokens and puts the logits `[vocabulary]` of the last of them into `logits`.

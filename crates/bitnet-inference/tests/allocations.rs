@@ -3,8 +3,14 @@
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
 use bitnet_core::backend::KvType;
-use bitnet_inference::{Model, ModelOptions, SessionOptions};
+use bitnet_inference::{
+    EngineOptions, Model, ModelOptions, Request, SamplingParams, SessionOptions,
+};
+use bitnet_testing::tiny_model;
 
 static ALLOCATIONS: AtomicUsize = AtomicUsize::new(0);
 
@@ -33,8 +39,12 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static COUNTING: Counting = Counting;
 
+/// Held by the test that counts.
+static COUNT: Mutex<()> = Mutex::new(());
+
 #[test]
 fn a_step_between_two_growths_of_the_store_allocates_nothing() {
+    let _count = COUNT.lock();
     // One thread: which worker first takes a part, and so first needs room, is a matter of chance.
     let model =
         Model::open("tiny", &ModelOptions { threads: Some(1), ..ModelOptions::default() }).unwrap();
@@ -55,5 +65,80 @@ fn a_step_between_two_growths_of_the_store_allocates_nothing() {
             session.feed(&[token], &mut logits).unwrap();
         }
         assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), grown, "{kv_type:?}");
+    }
+}
+
+/// The built-in model with a longer context: 550 steps need more than it has.
+fn tiny_with_longer_context(folder: &std::path::Path) {
+    for file in std::fs::read_dir(tiny_model()).unwrap().map(Result::unwrap) {
+        if file.file_type().unwrap().is_file() {
+            std::fs::copy(file.path(), folder.join(file.file_name())).unwrap();
+        }
+    }
+    let config = std::fs::read_to_string(folder.join("config.json")).unwrap();
+    let before = "\"max_position_embeddings\": 512";
+    assert!(config.contains(before));
+    let config = config.replace(before, "\"max_position_embeddings\": 1024");
+    std::fs::write(folder.join("config.json"), config).unwrap();
+}
+
+#[test]
+fn the_engine_allocates_nothing_between_admissions() {
+    const WARM_UP: usize = 50;
+    const STEPS: usize = 500;
+    static COUNTS: [AtomicUsize; 2] = [const { AtomicUsize::new(0) }; 2];
+
+    let _count = COUNT.lock();
+    let folder = tempfile::tempdir().unwrap();
+    tiny_with_longer_context(folder.path());
+    let neutral = SamplingParams::default();
+    let ways = [
+        neutral.clone(),
+        SamplingParams { temperature: 0.8, top_k: 20, top_p: 0.9, ..neutral.clone() },
+        SamplingParams { temperature: 1.2, min_p: 0.05, ..neutral.clone() },
+        SamplingParams { repetition_penalty: 1.2, presence_penalty: 0.3, ..neutral.clone() },
+        SamplingParams { temperature: 1.0, ..neutral.clone() },
+        SamplingParams { logit_bias: vec![(3, 2.0)], repetition_penalty: 1.1, ..neutral },
+    ];
+    for (threads, copies) in [(1, false), (1, true), (2, true)] {
+        let options = ModelOptions { threads: Some(threads), copies, ..ModelOptions::default() };
+        let model = Model::open(folder.path().to_str().unwrap(), &options).unwrap();
+        let engine = model.engine(EngineOptions::default()).unwrap();
+        COUNTS[1].store(0, Ordering::SeqCst);
+        let streams: Vec<_> = (0..16usize)
+            .map(|index| {
+                let sampling = SamplingParams { seed: index as u64, ..ways[index % 6].clone() };
+                let prompt = vec![7 + index as u32; 20];
+                let mut request = Request::new(prompt, sampling, WARM_UP + STEPS + 30);
+                request.buffer = WARM_UP + STEPS + 30;
+                if index == 15 {
+                    // The last to come sees when the steps of all begin and end.
+                    request.processors.push(Box::new(
+                        |_: &[u32], position: usize, _: &mut [f32]| {
+                            let now = || ALLOCATIONS.load(Ordering::SeqCst);
+                            match position {
+                                WARM_UP => COUNTS[0].store(now(), Ordering::SeqCst),
+                                p if p == WARM_UP + STEPS => {
+                                    COUNTS[1].store(now(), Ordering::SeqCst)
+                                }
+                                _ => {}
+                            }
+                        },
+                    ));
+                }
+                engine.submit(request).unwrap()
+            })
+            .collect();
+        // This thread does nothing meanwhile, so that every allocation is one of a step.
+        let patience = Instant::now() + Duration::from_secs(120);
+        while COUNTS[1].load(Ordering::SeqCst) == 0 {
+            assert!(Instant::now() < patience, "the engine is stuck");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let statistics = engine.statistics().unwrap();
+        assert_eq!((statistics.running, statistics.preemptions), (16, 0));
+        let [start, end] = COUNTS.each_ref().map(|count| count.load(Ordering::SeqCst));
+        assert_eq!(end - start, 0, "{threads} threads, copies {copies}");
+        drop(streams);
     }
 }

@@ -54,6 +54,16 @@ pub(super) fn check_logit(id: u32, logit: f32) -> Result<(), SampleError> {
 }
 
 impl Candidates {
+    /// Room for a vocabulary. Memory that is never touched costs nothing.
+    pub(crate) fn with_capacity(vocabulary: usize) -> Self {
+        Candidates {
+            entries: Vec::with_capacity(vocabulary),
+            order: Order::Unknown,
+            weights: Vec::with_capacity(vocabulary),
+            spare: Vec::with_capacity(vocabulary),
+        }
+    }
+
     /// Starts from the whole vocabulary, `logits: [vocabulary]`. Negative infinity is a token that
     /// cannot come.
     ///

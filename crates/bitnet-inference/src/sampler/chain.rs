@@ -260,6 +260,13 @@ impl Chain {
         Ok(Self { filters, sorted: Vec::new() })
     }
 
+    /// Makes room for a history of this many tokens.
+    pub(super) fn reserve(&mut self, history: usize) {
+        if self.filters.iter().any(Filter::is_adjustment) {
+            self.sorted.reserve(history);
+        }
+    }
+
     /// The filters in their order.
     pub fn filters(&self) -> &[Filter] {
         &self.filters

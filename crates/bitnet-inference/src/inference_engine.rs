@@ -1,0 +1,499 @@
+//! [`InferenceEngine`]: a model and an engine behind one door, text in and text out.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use bitnet_core::Device;
+use bitnet_model::chat::Message;
+use bitnet_model::tokenizer::Special;
+use futures_core::Stream;
+use futures_util::stream::{self, StreamExt, TryStreamExt};
+
+use crate::builder::{InferenceEngineBuilder, ProcessorFactory};
+use crate::engine::{Engine, EngineStatistics};
+use crate::error::Error;
+use crate::generate::{FinishReason, Generation};
+use crate::inference_stream::{InferenceStream, StreamingConfig};
+use crate::model::Model;
+use crate::request::Request;
+use crate::sampler::SamplingParams;
+use crate::stream::block_on;
+
+/// For whoever wants the whole of a generation: nobody reads it meanwhile, and it need not pause.
+const WHOLE: StreamingConfig = StreamingConfig { buffer: usize::MAX, ordered: true };
+
+/// What to generate, when to stop, and how urgent it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct GenerationParams {
+    /// How each token is chosen; greedy, unless it is said.
+    pub sampling: SamplingParams,
+    /// Most tokens to generate; 128, unless it is said.
+    pub max_tokens: usize,
+    /// Texts that end the generation and are not part of it.
+    pub stop: Vec<String>,
+    /// Goes on after the model's own end tokens.
+    pub ignore_end: bool,
+    /// Higher ones come first; 0 is ordinary.
+    pub priority: i32,
+    /// Whom it is for: clients of the same priority get the same share of the engine.
+    pub client: u64,
+    /// Time after which the answer is of no use any more.
+    pub time_limit: Option<Duration>,
+}
+
+impl Default for GenerationParams {
+    fn default() -> Self {
+        GenerationParams {
+            sampling: SamplingParams::default(),
+            max_tokens: 128,
+            stop: Vec::new(),
+            ignore_end: false,
+            priority: 0,
+            client: 0,
+            time_limit: None,
+        }
+    }
+}
+
+/// A result that is on its way: `.await` it, or [`wait`](Answer::wait) for it. Dropping it cancels
+/// what was asked.
+#[must_use = "an answer that is dropped is cancelled"]
+pub struct Answer<T>(Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>);
+
+impl<T> Answer<T> {
+    fn new(future: impl Future<Output = Result<T, Error>> + Send + 'static) -> Self {
+        Answer(Box::pin(future))
+    }
+
+    /// Waits for the result: for code without `async`.
+    pub fn wait(self) -> Result<T, Error> {
+        block_on(self)
+    }
+}
+
+impl<T> Future for Answer<T> {
+    type Output = Result<T, Error>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.as_mut().poll(context)
+    }
+}
+
+/// Runs a model for many requests at once. Everything it gives is what the request gets alone.
+///
+/// | preset | runs at once | waits | keys and values | second copies of weights |
+/// |---|---|---|---|---|
+/// | [`fast`](InferenceEngine::fast) | 32 | 512 | 4 GB | yes |
+/// | [`balanced`](InferenceEngine::balanced), [`new`](InferenceEngine::new) | 16 | 256 | 2 GB | no |
+/// | [`low_memory`](InferenceEngine::low_memory) | 4 | 64 | 256 MB | no |
+///
+/// No preset changes a token. The memory for keys and values is a limit, which is lowered to
+/// half of the available memory; it is taken as it is used. Second copies make exact
+/// shortcuts possible for models that bring none along. [`builder`](InferenceEngine::builder) sets
+/// each of these.
+///
+/// ```
+/// use bitnet_inference::{GenerationParams, InferenceEngine};
+///
+/// let mut engine = InferenceEngine::new();
+/// engine.load_model("tiny")?;
+/// let params = GenerationParams { max_tokens: 20, ..GenerationParams::default() };
+/// let generation = engine.generate("Once upon a time", params).wait()?;
+/// println!("{}", generation.text);
+/// # assert_eq!(generation.tokens.len(), 20);
+/// # Ok::<(), bitnet_inference::Error>(())
+/// ```
+pub struct InferenceEngine {
+    builder: InferenceEngineBuilder,
+    loaded: Option<Loaded>,
+}
+
+/// A model and the engine that runs it.
+#[derive(Clone)]
+struct Loaded {
+    model: Arc<Model>,
+    engine: Engine,
+    processors: Vec<ProcessorFactory>,
+    /// Requests of one batch that are submitted at once.
+    at_once: usize,
+}
+
+impl Default for InferenceEngine {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl InferenceEngine {
+    /// An engine with the [balanced](InferenceEngine::balanced) preset.
+    pub fn new() -> Self {
+        Self::balanced()
+    }
+
+    /// The same on a device.
+    ///
+    /// # Errors
+    /// If this program was built without the device, or the machine lacks it.
+    ///
+    /// ```
+    /// use bitnet_inference::{Device, InferenceEngine};
+    /// assert!(InferenceEngine::with_device(Device::Cpu).is_ok());
+    /// ```
+    pub fn with_device(device: Device) -> Result<Self, Error> {
+        Self::builder().device(device).build()
+    }
+
+    /// For many requests, where memory is no concern.
+    pub fn fast() -> Self {
+        Self::with_builder(InferenceEngineBuilder::fast())
+    }
+
+    /// For most uses.
+    pub fn balanced() -> Self {
+        Self::with_builder(InferenceEngineBuilder::balanced())
+    }
+
+    /// For small machines.
+    pub fn low_memory() -> Self {
+        Self::with_builder(InferenceEngineBuilder::low_memory())
+    }
+
+    /// A way to set up an engine, which starts from the balanced preset.
+    pub fn builder() -> InferenceEngineBuilder {
+        InferenceEngineBuilder::balanced()
+    }
+
+    pub(crate) fn with_builder(builder: InferenceEngineBuilder) -> Self {
+        InferenceEngine { builder, loaded: None }
+    }
+
+    /// Loads a model: `tiny`, a directory or a file. It takes the place of the one before;
+    /// generations that are running go on with that one.
+    ///
+    /// # Errors
+    /// If the model cannot be read, makes no text, or there is too little memory.
+    pub fn load_model(&mut self, model: &str) -> Result<(), Error> {
+        let model = Model::open(model, &self.builder.model_options())?;
+        if model.config().pooling.is_some() {
+            return Err(Error::WrongKind(format!(
+                "{} makes embeddings and does not write text: choose another model",
+                model.description().path.display()
+            )));
+        }
+        let options = self.builder.engine_options();
+        self.loaded = Some(Loaded {
+            engine: model.engine(options)?,
+            model: Arc::new(model),
+            processors: self.builder.processors.clone(),
+            // A request that a stop string ends keeps its place until the next step, while the one
+            // after it is submitted.
+            at_once: options.max_sequences.min((options.max_sequences + options.queue).div_ceil(2)),
+        });
+        Ok(())
+    }
+
+    /// The model.
+    ///
+    /// # Errors
+    /// [`Error::NoModel`] before one is loaded.
+    pub fn model(&self) -> Result<&Model, Error> {
+        Ok(&self.loaded()?.model)
+    }
+
+    fn loaded(&self) -> Result<&Loaded, Error> {
+        self.loaded.as_ref().ok_or(Error::NoModel)
+    }
+
+    /// Continues a text. The request is submitted at once. The time to its first token includes the
+    /// time it waited.
+    ///
+    /// The answer is an error if no model is loaded, the prompt is empty or too long, a parameter
+    /// has a value that it cannot have, the engine is full, or the time limit passes.
+    pub fn generate(&self, prompt: &str, params: GenerationParams) -> Answer<Generation> {
+        Answer::from(self.stream(prompt, params, WHOLE))
+    }
+
+    /// Answers a conversation by the model's chat template. The request is submitted at once.
+    ///
+    /// The answer is an error as for [`generate`](InferenceEngine::generate), and if the model has no
+    /// chat template or its template refuses the conversation.
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, Message};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let messages = [Message::new("user", "Tell me a story.")];
+    /// println!("{}", engine.chat(&messages, GenerationParams::default()).wait()?.text);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn chat(&self, messages: &[Message], params: GenerationParams) -> Answer<Generation> {
+        Answer::from(self.stream_chat(messages, params, WHOLE))
+    }
+
+    /// As [`generate`](InferenceEngine::generate), in pieces as they come.
+    ///
+    /// # Errors
+    /// As [`generate`](InferenceEngine::generate).
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, StreamingConfig};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let params = GenerationParams { max_tokens: 20, ..GenerationParams::default() };
+    /// let stream = engine.stream("Once upon a time", params, StreamingConfig::default())?;
+    /// for event in stream.blocking() {
+    ///     print!("{}", event?.text);
+    /// }
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn stream(
+        &self,
+        prompt: &str,
+        params: GenerationParams,
+        config: StreamingConfig,
+    ) -> Result<InferenceStream, Error> {
+        self.loaded()?.stream(prompt, params, config)
+    }
+
+    /// As [`chat`](InferenceEngine::chat), in pieces as they come.
+    ///
+    /// # Errors
+    /// As [`chat`](InferenceEngine::chat).
+    pub fn stream_chat(
+        &self,
+        messages: &[Message],
+        params: GenerationParams,
+        config: StreamingConfig,
+    ) -> Result<InferenceStream, Error> {
+        let loaded = self.loaded()?;
+        let template = loaded.model.chat_template()?;
+        let (_, prompt) = template.encode(loaded.model.tokenizer(), messages, true)?;
+        loaded.stream_tokens(prompt, params, config)
+    }
+
+    /// Continues texts as they come: for each its number, from 0, and its generation, in the order of the
+    /// prompts or as they are completed, as `config` says. At most as many run at once as the batch
+    /// has room for, and no more prompts are taken in than that.
+    ///
+    /// # Errors
+    /// [`Error::NoModel`]. What goes wrong with one prompt is the result of this one.
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, StreamingConfig};
+    /// use futures_util::{StreamExt, stream};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let prompts = stream::iter(["Once", "One day"]).map(str::to_owned);
+    /// let config = StreamingConfig { ordered: false, ..StreamingConfig::default() };
+    /// let mut results = engine.generate_stream(prompts, GenerationParams::default(), config)?;
+    /// futures_executor::block_on(async {
+    ///     while let Some((index, generation)) = results.next().await {
+    ///         println!("{index}: {}", generation?.text);
+    ///     }
+    ///     Ok::<(), bitnet_inference::Error>(())
+    /// })?;
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn generate_stream<S: Stream<Item = String> + Send>(
+        &self,
+        prompts: S,
+        params: GenerationParams,
+        config: StreamingConfig,
+    ) -> Result<impl Stream<Item = (usize, Result<Generation, Error>)> + Send + use<S>, Error> {
+        let loaded = self.loaded()?.clone();
+        let at_once = loaded.at_once;
+        let answers = prompts.enumerate().map(move |(index, prompt)| {
+            let answer = Answer::from(loaded.stream(&prompt, params.clone(), config));
+            async move { (index, answer.await) }
+        });
+        Ok(match config.ordered {
+            true => answers.buffered(at_once).left_stream(),
+            false => answers.buffer_unordered(at_once).right_stream(),
+        })
+    }
+
+    /// The logits `[vocabulary]` of the token that follows `tokens`. The request is submitted at
+    /// once.
+    ///
+    /// The answer is an error if no model is loaded, there are no tokens or too many, an id is
+    /// unknown, or the engine is full.
+    ///
+    /// ```
+    /// use bitnet_inference::InferenceEngine;
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let logits = engine.infer(&[1, 2, 3]).wait()?;
+    /// assert_eq!(logits.len(), engine.model()?.vocab_size());
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn infer(&self, tokens: &[u32]) -> Answer<Vec<f32>> {
+        match self.loaded() {
+            Ok(loaded) => loaded.infer(tokens),
+            Err(error) => Answer::failed(error),
+        }
+    }
+
+    /// As [`infer`](InferenceEngine::infer) for several token lists, in their order. They are submitted
+    /// when the answer is awaited, at most as many at once as the batch has room for.
+    ///
+    /// The answer is the first error, if there is one, and an error if the batch is empty.
+    ///
+    /// ```
+    /// use bitnet_inference::InferenceEngine;
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let logits = engine.infer_batch(&[vec![1, 2, 3], vec![4, 5]]).wait()?;
+    /// assert_eq!(logits.len(), 2);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn infer_batch(&self, batch: &[Vec<u32>]) -> Answer<Vec<Vec<f32>>> {
+        let loaded = match self.loaded() {
+            Ok(_) if batch.is_empty() => return Answer::failed(Error::EmptyBatch),
+            Ok(loaded) => loaded.clone(),
+            Err(error) => return Answer::failed(error),
+        };
+        let at_once = loaded.at_once;
+        let answers = stream::iter(batch.to_vec()).map(move |tokens| loaded.infer(&tokens));
+        Answer::new(answers.buffered(at_once).try_collect())
+    }
+
+    /// What the engine has done until now.
+    ///
+    /// # Errors
+    /// If no model is loaded, or the engine has stopped.
+    pub fn statistics(&self) -> Result<EngineStatistics, Error> {
+        self.loaded()?.engine.statistics()
+    }
+}
+
+impl Loaded {
+    fn stream(
+        &self,
+        prompt: &str,
+        params: GenerationParams,
+        config: StreamingConfig,
+    ) -> Result<InferenceStream, Error> {
+        let prompt = self.model.tokenizer().encode(prompt, true, Special::Recognised)?;
+        self.stream_tokens(prompt, params, config)
+    }
+
+    fn stream_tokens(
+        &self,
+        prompt: Vec<u32>,
+        params: GenerationParams,
+        config: StreamingConfig,
+    ) -> Result<InferenceStream, Error> {
+        let GenerationParams { sampling, max_tokens, stop, ignore_end, .. } = params;
+        let mut request = Request::new(prompt, sampling, max_tokens);
+        if !ignore_end {
+            request.end_ids.clone_from(&self.model.description().end_ids);
+        }
+        request.priority = params.priority;
+        request.client = params.client;
+        request.deadline = params.time_limit.and_then(|limit| Instant::now().checked_add(limit));
+        request.processors = self.processors.iter().map(|make| make()).collect();
+        request.buffer = config.buffer;
+        InferenceStream::start(&self.engine, &self.model, request, stop)
+    }
+
+    fn infer(&self, tokens: &[u32]) -> Answer<Vec<f32>> {
+        // One token whose logits are looked at on their way to the sampler.
+        let mut request = Request::new(tokens.to_vec(), SamplingParams::default(), 1);
+        let (sender, receiver) = channel();
+        request.processors.push(Box::new(move |_: &[u32], _: usize, logits: &mut [f32]| {
+            // Who has gone away does not need them.
+            let _ = sender.send(logits.to_vec());
+        }));
+        let answer =
+            Answer::from(InferenceStream::start(&self.engine, &self.model, request, Vec::new()));
+        Answer::new(async move {
+            answer.await?;
+            let logits = receiver.try_recv();
+            Ok(logits.expect("the sampler gets logits before a token comes"))
+        })
+    }
+}
+
+impl<T: Send + 'static> Answer<T> {
+    fn failed(error: Error) -> Self {
+        Answer::new(async { Err(error) })
+    }
+}
+
+impl From<Result<InferenceStream, Error>> for Answer<Generation> {
+    /// The whole of a stream.
+    fn from(stream: Result<InferenceStream, Error>) -> Self {
+        Answer::new(async move {
+            let mut stream = stream?;
+            let mut generation = Generation {
+                tokens: Vec::new(),
+                text: String::new(),
+                finish_reason: FinishReason::Length,
+                logprobs: Vec::new(),
+                prompt_time: Duration::ZERO,
+                decode_time: Duration::ZERO,
+            };
+            let mut first = None;
+            while let Some(event) = stream.next().await {
+                let event = event?;
+                generation.text.push_str(&event.text);
+                if let Some(token) = event.token {
+                    let first = *first.get_or_insert(token.time);
+                    generation.prompt_time = first - stream.start_time();
+                    generation.decode_time = token.time - first;
+                    generation.tokens.push(token.id);
+                    generation.logprobs.extend(token.logprobs);
+                }
+                if let Some(finish) = event.finish {
+                    generation.finish_reason = finish.reason;
+                }
+            }
+            Ok(generation)
+        })
+    }
+}
+
+/// The greedy continuation of a text by a model, which is loaded for it: one line for scripts. Waits.
+///
+/// # Errors
+/// As [`InferenceEngine::load_model`] and [`InferenceEngine::generate`].
+///
+/// ```
+/// let text = bitnet_inference::quick_infer("tiny", "Once upon a time")?;
+/// # assert!(!text.is_empty());
+/// # Ok::<(), bitnet_inference::Error>(())
+/// ```
+pub fn quick_infer(model: &str, prompt: &str) -> Result<String, Error> {
+    smart_infer(model, &[prompt]).map(|mut texts| texts.remove(0))
+}
+
+/// The greedy continuations of several texts by a model, in their order, computed together. Waits.
+///
+/// # Errors
+/// As [`quick_infer`], and if there are no prompts.
+///
+/// ```
+/// let texts = bitnet_inference::smart_infer("tiny", &["Once upon a time", "The little dog"])?;
+/// assert_eq!(texts.len(), 2);
+/// # Ok::<(), bitnet_inference::Error>(())
+/// ```
+pub fn smart_infer(model: &str, prompts: &[&str]) -> Result<Vec<String>, Error> {
+    if prompts.is_empty() {
+        return Err(Error::EmptyBatch);
+    }
+    let mut engine = InferenceEngine::new();
+    engine.load_model(model)?;
+    let prompts = stream::iter(prompts.iter().map(|prompt| (*prompt).to_owned()));
+    let params = GenerationParams::default();
+    let generations = engine.generate_stream(prompts, params, StreamingConfig::default())?;
+    let texts = generations.map(|(_, generation)| generation.map(|generation| generation.text));
+    block_on(texts.try_collect())
+}

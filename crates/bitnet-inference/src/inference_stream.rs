@@ -1,0 +1,138 @@
+//! The text of a generation as it comes.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+
+use futures_core::Stream;
+
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::generate::FinishReason;
+use crate::model::Model;
+use crate::request::{Event, Finish, Request, Token, Usage};
+use crate::stream::{TokenStream, block_on};
+use crate::transcript::Transcript;
+
+/// How results come when they come in pieces.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamingConfig {
+    /// Tokens that may wait to be read before the request pauses, at least 1.
+    pub buffer: usize,
+    /// Whether the results of several prompts come in the order of these, or as they are completed.
+    pub ordered: bool,
+}
+
+impl Default for StreamingConfig {
+    fn default() -> Self {
+        StreamingConfig { buffer: Request::DEFAULT_BUFFER, ordered: true }
+    }
+}
+
+/// A piece of a generation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct StreamEvent {
+    /// Text that is certain now: never half a character, never a part of a stop string. Empty while
+    /// more tokens are needed to be certain.
+    pub text: String,
+    /// The token that came, with its log-probability if asked for. The last event may have none.
+    pub token: Option<Token>,
+    /// In the last event: why the generation ended and what it took.
+    pub finish: Option<Finish>,
+}
+
+/// A generation as it comes: a [`Stream`] for `async` code, and an iterator by
+/// [`blocking`](InferenceStream::blocking). The last event has a
+/// [`finish`](StreamEvent::finish); an error ends the stream too. Dropping the stream cancels the
+/// generation at the next step.
+pub struct InferenceStream {
+    /// `None` after the end.
+    tokens: Option<TokenStream>,
+    model: Arc<Model>,
+    /// When it was submitted.
+    start: Instant,
+    transcript: Transcript,
+    prompt_tokens: usize,
+    output_tokens: usize,
+}
+
+impl InferenceStream {
+    /// Submits a request and looks for stop strings in its text.
+    pub(crate) fn start(
+        engine: &Engine,
+        model: &Arc<Model>,
+        request: Request,
+        stop: Vec<String>,
+    ) -> Result<Self, Error> {
+        Ok(InferenceStream {
+            start: Instant::now(),
+            transcript: Transcript::new(stop)?,
+            prompt_tokens: request.prompt.len(),
+            output_tokens: 0,
+            tokens: Some(engine.submit(request)?),
+            model: Arc::clone(model),
+        })
+    }
+
+    /// When it was submitted.
+    pub(crate) fn start_time(&self) -> Instant {
+        self.start
+    }
+
+    /// The same events for code without `async`: waits for each.
+    pub fn blocking(mut self) -> impl Iterator<Item = Result<StreamEvent, Error>> {
+        std::iter::from_fn(move || {
+            block_on(std::future::poll_fn(|context| self.poll_event(context)))
+        })
+    }
+
+    fn poll_event(
+        &mut self,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<StreamEvent, Error>>> {
+        let Some(tokens) = &mut self.tokens else { return Poll::Ready(None) };
+        let event = match ready!(tokens.poll_event(context)) {
+            Some(Ok(Event::Token(token))) => self.token(token),
+            Some(Ok(Event::Finished(finish))) => Ok(self.finish(finish)),
+            Some(Err(error)) => Err(error),
+            None => return Poll::Ready(None),
+        };
+        if !matches!(event, Ok(StreamEvent { finish: None, .. })) {
+            // Nothing comes after this, and what the engine still does for it is not needed.
+            self.tokens = None;
+        }
+        Poll::Ready(Some(event))
+    }
+
+    fn token(&mut self, token: Token) -> Result<StreamEvent, Error> {
+        self.output_tokens += 1;
+        let text = self.transcript.push(self.model.tokenizer(), token.id)?;
+        let reused_tokens = self.tokens.as_ref().map_or(0, TokenStream::reused_tokens);
+        let finish = self.transcript.is_stopped().then_some(Finish {
+            reason: FinishReason::Stop,
+            usage: Usage {
+                prompt_tokens: self.prompt_tokens,
+                reused_tokens,
+                output_tokens: self.output_tokens,
+            },
+        });
+        Ok(StreamEvent { text, token: Some(token), finish })
+    }
+
+    fn finish(&mut self, mut finish: Finish) -> StreamEvent {
+        let text = self.transcript.finish();
+        if self.transcript.is_stopped() {
+            finish.reason = FinishReason::Stop;
+        }
+        StreamEvent { text, token: None, finish: Some(finish) }
+    }
+}
+
+impl Stream for InferenceStream {
+    type Item = Result<StreamEvent, Error>;
+
+    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        self.get_mut().poll_event(context)
+    }
+}

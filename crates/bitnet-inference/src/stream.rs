@@ -1,0 +1,155 @@
+//! The way of events from the engine's thread to whoever asked.
+//!
+//! Each request has a ring of its own, with one writer and one reader. Neither waits for the other:
+//! a request whose ring is full pauses, and a reader that finds nothing is woken later.
+
+use std::future::poll_fn;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{self, Thread};
+
+use atomic_waker::AtomicWaker;
+use rtrb::{Consumer, Producer, RingBuffer};
+
+use crate::engine::Engine;
+use crate::error::Error;
+use crate::request::Event;
+
+/// What both ends of a stream see besides the ring.
+#[derive(Default)]
+struct Signal {
+    reader: AtomicWaker,
+    /// The reader is gone.
+    cancelled: AtomicBool,
+    /// The writer is gone.
+    closed: AtomicBool,
+    /// Tokens of the prompt whose keys and values were there already. Known with the first token.
+    reused_tokens: AtomicUsize,
+}
+
+/// The engine's end of a stream.
+pub(crate) struct EventSender {
+    ring: Producer<Result<Event, Error>>,
+    signal: Arc<Signal>,
+}
+
+impl EventSender {
+    /// Whether nobody reads any more.
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.signal.cancelled.load(Ordering::Acquire)
+    }
+
+    /// Whether there is no room for a token and an end.
+    pub(crate) fn is_full(&self) -> bool {
+        self.ring.slots() < 2
+    }
+
+    /// Says how many tokens of the prompt were there already, before the first token is sent.
+    pub(crate) fn set_reused_tokens(&self, count: usize) {
+        self.signal.reused_tokens.store(count, Ordering::Relaxed);
+    }
+
+    /// Sends an event. There is room for it if the stream was not [full](EventSender::is_full).
+    pub(crate) fn send(&mut self, event: Result<Event, Error>) {
+        let sent = self.ring.push(event);
+        assert!(sent.is_ok(), "a request whose ring is full is paused");
+        self.signal.reader.wake();
+    }
+}
+
+impl Drop for EventSender {
+    fn drop(&mut self) {
+        self.signal.closed.store(true, Ordering::Release);
+        self.signal.reader.wake();
+    }
+}
+
+/// The events of one request, as they come. Dropping it cancels the request: it takes part in no
+/// step after the one that is running.
+pub struct TokenStream {
+    ring: Consumer<Result<Event, Error>>,
+    signal: Arc<Signal>,
+    engine: Engine,
+    finished: bool,
+}
+
+impl TokenStream {
+    /// Both ends of a stream with room for `buffer` tokens and an end.
+    pub(crate) fn new(engine: Engine, buffer: usize) -> (EventSender, TokenStream) {
+        let (producer, consumer) = RingBuffer::new(buffer.max(1) + 1);
+        let signal = Arc::new(Signal::default());
+        let sender = EventSender { ring: producer, signal: Arc::clone(&signal) };
+        (sender, TokenStream { ring: consumer, signal, engine, finished: false })
+    }
+
+    /// Waits for the next event; `None` after the end or an error.
+    #[allow(clippy::should_implement_trait)] // not an iterator: that could not be awaited as well
+    pub fn next(&mut self) -> Option<Result<Event, Error>> {
+        block_on(poll_fn(|context| self.poll_event(context)))
+    }
+
+    /// The next event, if it is there: for `async` code.
+    pub fn poll_event(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Event, Error>>> {
+        if self.finished {
+            return Poll::Ready(None);
+        }
+        if let Some(event) = self.pop() {
+            return Poll::Ready(Some(event));
+        }
+        self.signal.reader.register(context.waker());
+        // What came before the waker was there woke nobody.
+        let closed = self.signal.closed.load(Ordering::Acquire);
+        if let Some(event) = self.pop() {
+            return Poll::Ready(Some(event));
+        }
+        if closed {
+            self.finished = true;
+            let reason = "its thread ended in the middle of the request".to_owned();
+            return Poll::Ready(Some(Err(Error::EngineStopped { reason })));
+        }
+        Poll::Pending
+    }
+
+    /// Tokens of the prompt whose keys and values were there already. Known with the first token.
+    pub(crate) fn reused_tokens(&self) -> usize {
+        self.signal.reused_tokens.load(Ordering::Relaxed)
+    }
+
+    fn pop(&mut self) -> Option<Result<Event, Error>> {
+        let event = self.ring.pop().ok()?;
+        self.finished = !matches!(event, Ok(Event::Token(_)));
+        // There is room in the ring now, for which the request may wait.
+        self.engine.wake();
+        Some(event)
+    }
+}
+
+impl Drop for TokenStream {
+    fn drop(&mut self) {
+        self.signal.cancelled.store(true, Ordering::Release);
+        self.engine.wake();
+    }
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
+
+/// Runs a future on this thread, which sleeps while there is nothing to do.
+pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
+    let mut future = pin!(future);
+    let waker = Waker::from(Arc::new(Unpark(thread::current())));
+    let mut context = Context::from_waker(&waker);
+    loop {
+        match future.as_mut().poll(&mut context) {
+            Poll::Ready(output) => return output,
+            Poll::Pending => thread::park(),
+        }
+    }
+}
