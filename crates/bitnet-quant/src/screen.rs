@@ -257,12 +257,17 @@ pub fn products(blocks: &[Block], input: &Input) -> [f32; ROWS] {
     for ((block, group), (planes, center)) in groups.zip(planes.iter().zip(&input.centers)) {
         let (tiles, _) = block[STEPS + group * TILES * TILE..].as_chunks::<TILE>();
         let mut sums = [[0i32; ROWS]; 2];
+        let words = |tile: usize| tiles[tile].as_chunks::<COLS>().0.iter();
         for (quad, planes) in planes.iter().enumerate() {
-            let tiles = tiles[quad / 2].iter().zip(&tiles[TILES - 1]);
-            for (i, (low, fifth)) in tiles.enumerate() {
-                let code = low >> (4 * (quad % 2)) & 15 | (fifth >> ((quad + 4) % 8) & 1) << 4;
-                for (sums, plane) in sums.iter_mut().zip(planes) {
-                    sums[i / COLS] += i32::from(code) * i32::from(plane[i % COLS]);
+            for col in 0..COLS {
+                let (low, fifth) = (8 * col + 4 * (quad % 2), 8 * col + (quad + 4) % 8);
+                // The rows are the lanes.
+                for (row, (tile, last)) in words(quad / 2).zip(words(TILES - 1)).enumerate() {
+                    let code = u32::from_le_bytes(*tile) >> low & 15;
+                    let code = code | (u32::from_le_bytes(*last) >> fifth & 1) << 4;
+                    for (sums, plane) in sums.iter_mut().zip(planes) {
+                        sums[row] += code as i32 * i32::from(plane[col]);
+                    }
                 }
             }
         }

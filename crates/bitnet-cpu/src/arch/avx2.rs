@@ -3,8 +3,6 @@
 use std::arch::asm;
 use std::arch::x86_64::*;
 
-use bitnet_quant::packing::blocks::f16_to_f32;
-
 use super::parts::*;
 
 /// The kernels, if this CPU has the instructions.
@@ -24,27 +22,17 @@ instantiate! {
     ternary_int8: ternary_int8,
     sparse: sparse::avx2::TABLE,
     upper_bounds: screen::avx2::upper_bounds,
-    decode_f16: decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "avx2,fma,f16c")]
 }
 
-/// Half-precision numbers to f32, eight at a time.
+/// Eight lanes, halves onto halves.
 #[inline]
-#[target_feature(enable = "avx,f16c")]
-pub(super) fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
-    let (half, half_tail) = half.as_chunks::<8>();
-    let (out, out_tail) = out.as_chunks_mut::<8>();
-    for (half, out) in half.iter().zip(out) {
-        // SAFETY: 16 bytes are read from a [[u8; 2]; 8] and 32 written to an [f32; 8].
-        unsafe {
-            let values = _mm256_cvtph_ps(_mm_loadu_si128(half.as_ptr().cast()));
-            _mm256_storeu_ps(out.as_mut_ptr(), values);
-        }
-    }
-    for (half, out) in half_tail.iter().zip(out_tail) {
-        *out = f16_to_f32(*half);
-    }
+#[target_feature(enable = "avx")]
+pub(super) fn fold(lanes: __m256) -> f32 {
+    let four = _mm_add_ps(_mm256_castps256_ps128(lanes), _mm256_extractf128_ps::<1>(lanes));
+    let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
 /// Sixteen f32 lanes.
@@ -81,6 +69,19 @@ impl Lanes for Sixteen {
     }
 
     #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn load_bf16(x: *const [u8; 2]) -> Self {
+        let x = x.cast::<__m128i>();
+        // SAFETY: sixteen elements of two bytes, by the contract.
+        let halves = unsafe { [_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))] };
+        let high = [_mm256_cvtepu16_epi32(halves[0]), _mm256_cvtepu16_epi32(halves[1])];
+        Sixteen([
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high[0])),
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(high[1])),
+        ])
+    }
+
+    #[inline]
     #[target_feature(enable = "avx")]
     unsafe fn store(self, out: *mut f32) {
         // SAFETY: room for sixteen elements, by the contract.
@@ -99,10 +100,24 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "fma")]
+    unsafe fn mul_add(self, factor: Self, sum: Self) -> Self {
+        let (Sixteen(a), Sixteen(b), Sixteen(sum)) = (self, factor, sum);
+        Sixteen([_mm256_fmadd_ps(a[0], b[0], sum[0]), _mm256_fmadd_ps(a[1], b[1], sum[1])])
+    }
+
+    #[inline]
+    #[target_feature(enable = "fma")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         let (Sixteen(sum), Sixteen(b)) = (self, b);
         let a = _mm256_set1_ps(a);
         Sixteen([_mm256_fmadd_ps(a, b[0], sum[0]), _mm256_fmadd_ps(a, b[1], sum[1])])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    unsafe fn fold(lanes: [Self; 2]) -> f32 {
+        let [Sixteen(a), Sixteen(b)] = lanes;
+        fold(_mm256_add_ps(_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])))
     }
 
     #[inline]

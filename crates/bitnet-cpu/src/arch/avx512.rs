@@ -21,7 +21,6 @@ instantiate! {
     ternary_int8: ternary_int8,
     sparse: sparse::avx512::TABLE,
     upper_bounds: screen::avx512::upper_bounds,
-    decode_f16: avx2::decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512vnni")]
 }
@@ -57,6 +56,14 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    unsafe fn load_bf16(x: *const [u8; 2]) -> Self {
+        // SAFETY: sixteen elements of two bytes, by the contract.
+        let high = _mm512_cvtepu16_epi32(unsafe { _mm256_loadu_si256(x.cast()) });
+        Sixteen(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(high)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn store(self, out: *mut f32) {
         // SAFETY: room for sixteen elements, by the contract.
         unsafe { _mm512_storeu_ps(out, self.0) }
@@ -70,8 +77,23 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    unsafe fn mul_add(self, factor: Self, sum: Self) -> Self {
+        Sixteen(_mm512_fmadd_ps(self.0, factor.0, sum.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         Sixteen(_mm512_fmadd_ps(_mm512_set1_ps(a), b.0, self.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn fold(lanes: [Self; 2]) -> f32 {
+        let sixteen = _mm512_add_ps(lanes[0].0, lanes[1].0);
+        let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(sixteen));
+        let low = _mm512_castps512_ps256(sixteen);
+        avx2::fold(_mm256_add_ps(low, _mm256_castpd_ps(high)))
     }
 
     #[inline]

@@ -2,10 +2,9 @@
 //! [`instantiate`](super::instantiate). All are `inline(always)` so that they take on the
 //! instructions of the function that they are called from.
 
-use bitnet_core::DType;
 use bitnet_core::backend::Activation;
 use bitnet_core::numerics;
-use bitnet_quant::packing::{blocks, tile};
+use bitnet_quant::packing::tile;
 
 use super::Tile;
 
@@ -211,46 +210,5 @@ pub(super) fn add(x: &mut [f32], y: &[f32]) {
     assert_eq!(x.len(), y.len());
     for (x, y) in x.iter_mut().zip(y) {
         *x += y;
-    }
-}
-
-/// [`blocks::decode_row`] with this instruction set's conversion of half-precision numbers.
-#[inline(always)]
-pub(super) fn decode(
-    dtype: DType,
-    bytes: &[u8],
-    out: &mut [f32],
-    decode_f16: impl Fn(&[[u8; 2]], &mut [f32]),
-) {
-    match dtype {
-        DType::F16 => {
-            let (half, rest) = bytes.as_chunks::<2>();
-            assert!(rest.is_empty() && half.len() == out.len());
-            decode_f16(half, out);
-        }
-        _ => blocks::decode_row(dtype, bytes, out),
-    }
-}
-
-/// One row of an output head and the tokens it is multiplied with.
-#[derive(Clone, Copy)]
-pub(crate) struct HeadRow<'a> {
-    pub(crate) dtype: DType,
-    pub(crate) bytes: &'a [u8],
-    /// `[tokens, cols]`.
-    pub(crate) inputs: &'a [f32],
-}
-
-/// `out[t] = row · inputs[t]`. `decoded` is room for one row.
-#[inline(always)]
-pub(super) fn head_row(
-    row: HeadRow<'_>,
-    decoded: &mut [f32],
-    out: &mut [f32],
-    decode_f16: impl Fn(&[[u8; 2]], &mut [f32]),
-) {
-    decode(row.dtype, row.bytes, decoded, decode_f16);
-    for (input, out) in row.inputs.chunks_exact(decoded.len()).zip(out) {
-        *out = numerics::dot(decoded, input);
     }
 }

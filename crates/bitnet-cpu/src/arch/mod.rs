@@ -3,9 +3,11 @@
 //! The float kernels are written once, in [`generic`], from the recipes of
 //! [`bitnet_core::numerics`]; each instruction set compiles its own copy of them (the macro
 //! [`instantiate`]), which the compiler vectorises. Strict IEEE semantics and fused multiply-adds
-//! make all copies give the same bits. Only the integer product of ternary weights, whose
-//! instructions no compiler finds by itself, is written by hand for each; [`sparse`] has the products
-//! of chosen rows or columns alone, [`screen`] those of the screened output head.
+//! make all copies give the same bits. [`attention`] and the output head ([`head`]) are written once
+//! too, but over vectors that each instruction set brings ([`lanes`]). Only the integer product of
+//! ternary weights, whose instructions no compiler finds by itself, is written by hand for each;
+//! [`sparse`] has the products of chosen rows or columns alone, [`screen`] those of the screened
+//! output head.
 //!
 //! [`Kernels`] is the table of one instruction set. A table is handed out only by
 //! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
@@ -20,6 +22,8 @@ mod avx512;
 mod avxvnni;
 pub(crate) mod ceilings;
 mod generic;
+mod head;
+mod lanes;
 #[cfg(target_arch = "aarch64")]
 mod neon;
 mod passes;
@@ -35,7 +39,8 @@ use bitnet_quant::packing::tile;
 use crate::Isa;
 
 pub(crate) use attention::{Attention, KvData, PANEL, Room, panel_place, partial_len, room_len};
-pub(crate) use generic::{BandScale, HeadRow, OutputScale};
+pub(crate) use generic::{BandScale, OutputScale};
+pub(crate) use head::HeadRow;
 pub(crate) use sparse::{planes_len, spread};
 
 /// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
@@ -58,6 +63,25 @@ pub(crate) fn prefetch<T>(address: *const T) {
     unsafe {
         std::arch::asm!(
             "prfm pldl1keep, [{address}]",
+            address = in(reg) address,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+}
+
+/// As [`prefetch`], but no nearer than the second-level cache, which can wait for more of memory.
+#[inline(always)]
+fn prefetch_second<T>(address: *const T) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint, which never faults.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(address.cast());
+    }
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint, which never faults. The intrinsic is not stable yet.
+    unsafe {
+        std::arch::asm!(
+            "prfm pldl2keep, [{address}]",
             address = in(reg) address,
             options(readonly, nostack, preserves_flags),
         );
@@ -215,7 +239,6 @@ macro_rules! instantiate {
         ternary_int8: $ternary_int8:path,
         sparse: $sparse:path,
         upper_bounds: $upper_bounds:path,
-        decode_f16: $decode_f16:path,
         lanes: $lanes:ty,
         $(#[$features:meta])?
     ) => {
@@ -282,11 +305,11 @@ macro_rules! instantiate {
         }
         $(#[$features])?
         fn decode(dtype: DType, bytes: &[u8], out: &mut [f32]) {
-            generic::decode(dtype, bytes, out, |half, out| $decode_f16(half, out));
+            head::decode::<$lanes>(dtype, bytes, out);
         }
         $(#[$features])?
         fn head_row(row: HeadRow<'_>, decoded: &mut [f32], out: &mut [f32]) {
-            generic::head_row(row, decoded, out, |half, out| $decode_f16(half, out));
+            head::head_row::<$lanes>(row, decoded, out);
         }
         $(#[$features])?
         fn attend(
@@ -335,9 +358,10 @@ use instantiate;
 
 /// What [`instantiate`] names, for the files that use it.
 mod parts {
-    pub(super) use super::attention::{self, Attention, Lanes, Room};
+    pub(super) use super::attention::{self, Attention, Room};
+    pub(super) use super::lanes::Lanes;
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, OutputScale, Tile, generic, instantiate, passes, screen,
+        BandScale, HeadRow, Kernels, OutputScale, Tile, generic, head, instantiate, passes, screen,
         sparse, tile,
     };
 

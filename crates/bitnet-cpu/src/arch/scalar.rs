@@ -17,12 +17,6 @@ pub(super) fn kernels() -> &'static Kernels {
     &KERNELS
 }
 
-fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
-    for (value, &half) in out.iter_mut().zip(half) {
-        *value = f16_to_f32(half);
-    }
-}
-
 /// See [`Kernels::ternary_int8`].
 fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
     generic::ternary_int8(tiles, q, stride, acc);
@@ -33,7 +27,6 @@ instantiate! {
     ternary_int8: ternary_int8,
     sparse: sparse::generic::TABLE,
     upper_bounds: screen::upper_bounds,
-    decode_f16: decode_f16,
     lanes: Sixteen,
 }
 
@@ -54,7 +47,7 @@ impl Lanes for Sixteen {
     #[inline(always)]
     unsafe fn load(x: *const f32) -> Self {
         // SAFETY: sixteen elements, by the contract.
-        unsafe { Sixteen(x.cast::<[f32; 16]>().read()) }
+        unsafe { Sixteen(x.cast::<[f32; 16]>().read_unaligned()) }
     }
 
     #[inline(always)]
@@ -64,9 +57,16 @@ impl Lanes for Sixteen {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(x: *const [u8; 2]) -> Self {
+        // SAFETY: sixteen elements, by the contract.
+        let x = unsafe { x.cast::<[[u8; 2]; 16]>().read() };
+        Sixteen(x.map(|x| f32::from_bits(u32::from(u16::from_le_bytes(x)) << 16)))
+    }
+
+    #[inline(always)]
     unsafe fn store(self, out: *mut f32) {
         // SAFETY: room for sixteen elements, by the contract.
-        unsafe { out.cast::<[f32; 16]>().write(self.0) }
+        unsafe { out.cast::<[f32; 16]>().write_unaligned(self.0) }
     }
 
     #[inline(always)]
@@ -75,8 +75,19 @@ impl Lanes for Sixteen {
     }
 
     #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, sum: Self) -> Self {
+        Sixteen(std::array::from_fn(|i| self.0[i].mul_add(factor.0[i], sum.0[i])))
+    }
+
+    #[inline(always)]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         Sixteen(std::array::from_fn(|i| a.mul_add(b.0[i], self.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn fold(lanes: [Self; 2]) -> f32 {
+        let lanes = lanes.map(|half| half.0);
+        numerics::fold(std::array::from_fn(|i| lanes[i / 16][i % 16]), |a, b| a + b)
     }
 
     #[inline(always)]
@@ -87,13 +98,13 @@ impl Lanes for Sixteen {
     #[inline(always)]
     unsafe fn load_sums(x: *const i32) -> [i32; 16] {
         // SAFETY: sixteen elements, by the contract.
-        unsafe { x.cast::<[i32; 16]>().read() }
+        unsafe { x.cast::<[i32; 16]>().read_unaligned() }
     }
 
     #[inline(always)]
     unsafe fn store_sums(sums: [i32; 16], out: *mut i32) {
         // SAFETY: room for sixteen elements, by the contract.
-        unsafe { out.cast::<[i32; 16]>().write(sums) }
+        unsafe { out.cast::<[i32; 16]>().write_unaligned(sums) }
     }
 
     #[inline(always)]
@@ -121,7 +132,7 @@ mod fused {
     use bitnet_quant::screen::Input;
 
     use super::super::parts::*;
-    use super::{Sixteen, decode_f16};
+    use super::Sixteen;
 
     /// See [`Kernels::ternary_int8`].
     #[target_feature(enable = "fma")]
@@ -140,7 +151,6 @@ mod fused {
         ternary_int8: ternary_int8,
         sparse: sparse::generic::TABLE,
         upper_bounds: upper_bounds,
-        decode_f16: decode_f16,
         lanes: Sixteen,
         #[target_feature(enable = "fma")]
     }

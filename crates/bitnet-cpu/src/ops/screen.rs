@@ -96,10 +96,14 @@ impl Compute {
         self.pool.run(Chunks::new(candidates, part), |thread, (_, candidates)| {
             let mut own = lock(&threads[thread]);
             let decoded = at_least(&mut own.floats, state.len());
-            for Candidate { id, logit } in candidates {
-                let bytes = table.row(*id as usize);
-                let row = HeadRow { dtype: table.dtype(), bytes, inputs: state };
-                self.kernels.head_row(row, decoded, std::slice::from_mut(logit));
+            let bytes = |candidate: &Candidate| table.row(candidate.id as usize);
+            let mut left = candidates;
+            while let [candidate, rest @ ..] = left {
+                let next = bytes(rest.first().unwrap_or(candidate));
+                let bytes = bytes(candidate);
+                let row = HeadRow { dtype: table.dtype(), bytes, next, inputs: state };
+                self.kernels.head_row(row, decoded, std::slice::from_mut(&mut candidate.logit));
+                left = rest;
             }
         });
     }

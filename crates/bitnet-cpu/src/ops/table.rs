@@ -55,7 +55,9 @@ impl Compute {
             for (block, inputs) in inputs.chunks(TOKENS * cols).enumerate() {
                 let logits = &mut logits[..inputs.len() / cols];
                 for (column, token) in strip.columns().enumerate() {
-                    let row = HeadRow { dtype: table.dtype(), bytes: table.row(token), inputs };
+                    let bytes = table.row(token);
+                    let next = table.row((token + 1).min(vocabulary - 1));
+                    let row = HeadRow { dtype: table.dtype(), bytes, next, inputs };
                     self.kernels.head_row(row, decoded, logits);
                     for (i, &logit) in logits.iter().enumerate() {
                         strip.row(block * TOKENS + i)[column] = logit;

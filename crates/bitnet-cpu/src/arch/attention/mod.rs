@@ -16,14 +16,13 @@
 //!
 //! Keys and values of int8 are multiplied as integers, with queries and weights rounded to 16 bits.
 
-mod lanes;
 mod products;
 
 use std::ops::Range;
 
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 
-pub(super) use lanes::Lanes;
+use super::lanes::Lanes;
 use products::{Floats, Integers, KeyPanel, Product, ValueRows, WeightRange};
 
 /// Columns of a panel.

@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use bitnet_core::numerics;
 
-use super::{Attention, Lanes, PANEL, SCORES, partial_len};
+use super::{Attention, PANEL, SCORES, partial_len};
+use crate::arch::lanes::{Element, Lanes};
 
 /// How queries are multiplied with keys and weights with values of one storage type.
 pub(super) trait Product<V: Lanes> {
@@ -65,29 +66,6 @@ pub(super) struct ValueRows {
     pub(super) count: usize,
     /// Where their weights are in each row.
     pub(super) at: usize,
-}
-
-/// A storage type that becomes f32 lanes as it is loaded.
-pub(super) trait Element<V>: Copy {
-    /// # Safety
-    /// As for [`Lanes`].
-    unsafe fn load(x: *const Self) -> V;
-}
-
-impl<V: Lanes> Element<V> for f32 {
-    #[inline(always)]
-    unsafe fn load(x: *const f32) -> V {
-        // SAFETY: passed on.
-        unsafe { V::load(x) }
-    }
-}
-
-impl<V: Lanes> Element<V> for [u8; 2] {
-    #[inline(always)]
-    unsafe fn load(x: *const [u8; 2]) -> V {
-        // SAFETY: passed on.
-        unsafe { V::load_f16(x) }
-    }
 }
 
 /// A part of a panel: `rows` rows, `width` elements from one to the next, of which sixteen are read.

@@ -9,8 +9,6 @@ use std::arch::aarch64::*;
 use std::arch::{asm, is_aarch64_feature_detected};
 use std::array;
 
-use bitnet_quant::packing::blocks::f16_to_f32;
-
 use super::parts::*;
 
 /// The tables of this level, the best one last, each with whether this CPU has the instructions.
@@ -31,28 +29,8 @@ instantiate! {
     ternary_int8: ternary_int8,
     sparse: sparse::neon::TABLE,
     upper_bounds: screen::neon::upper_bounds,
-    decode_f16: decode_f16,
     lanes: Sixteen,
     #[target_feature(enable = "neon")]
-}
-
-/// Half-precision numbers to f32, eight at a time.
-#[inline]
-#[target_feature(enable = "neon")]
-fn decode_f16(half: &[[u8; 2]], out: &mut [f32]) {
-    let (half, half_tail) = half.as_chunks::<8>();
-    let (out, out_tail) = out.as_chunks_mut::<8>();
-    for (half, out) in half.iter().zip(out) {
-        // SAFETY: 16 bytes are read from a [[u8; 2]; 8] and 32 written to an [f32; 8].
-        unsafe {
-            let half = vreinterpretq_f16_u8(vld1q_u8(half.as_ptr().cast()));
-            vst1q_f32(out.as_mut_ptr(), vcvt_f32_f16(vget_low_f16(half)));
-            vst1q_f32(out.as_mut_ptr().add(4), vcvt_high_f32_f16(half));
-        }
-    }
-    for (half, out) in half_tail.iter().zip(out_tail) {
-        *out = f16_to_f32(*half);
-    }
 }
 
 /// Sixteen f32 lanes.
@@ -100,6 +78,16 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "neon")]
+    unsafe fn load_bf16(x: *const [u8; 2]) -> Self {
+        Sixteen([0, 4, 8, 12].map(|i| {
+            // SAFETY: four of sixteen elements, by the contract.
+            let high = vshll_n_u16::<16>(unsafe { vld1_u16(x.add(i).cast()) });
+            vreinterpretq_f32_u32(high)
+        }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn store(self, out: *mut f32) {
         for (i, x) in self.0.into_iter().enumerate() {
             // SAFETY: room for sixteen elements, by the contract.
@@ -119,12 +107,32 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "neon")]
+    unsafe fn mul_add(self, factor: Self, sum: Self) -> Self {
+        let mut sum = sum.0;
+        for (i, sum) in sum.iter_mut().enumerate() {
+            *sum = vfmaq_f32(*sum, self.0[i], factor.0[i]);
+        }
+        Sixteen(sum)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn add_product(self, a: f32, b: Self) -> Self {
         let mut sum = self.0;
         for (sum, b) in sum.iter_mut().zip(b.0) {
             *sum = vfmaq_n_f32(*sum, b, a);
         }
         Sixteen(sum)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn fold(lanes: [Self; 2]) -> f32 {
+        let [Sixteen(a), Sixteen(b)] = lanes;
+        let low = vaddq_f32(vaddq_f32(a[0], b[0]), vaddq_f32(a[2], b[2]));
+        let high = vaddq_f32(vaddq_f32(a[1], b[1]), vaddq_f32(a[3], b[3]));
+        let four = vaddq_f32(low, high);
+        vpadds_f32(vadd_f32(vget_low_f32(four), vget_high_f32(four)))
     }
 
     #[inline]
