@@ -135,8 +135,9 @@ struct Active {
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
     most_output_tokens: usize,
-    events: EventSender,
+    /// Dropped before `events`, whose end says that the place is free.
     place: Place,
+    events: EventSender,
 }
 
 impl Active {
@@ -276,8 +277,8 @@ impl Engine {
             end_ids,
             prompt_tokens,
             most_output_tokens,
-            events,
             place,
+            events,
         };
         let standing = Standing { priority, client, deadline };
         self.send(Message::Submit(Box::new(Submission {
