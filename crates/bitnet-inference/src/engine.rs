@@ -2,9 +2,9 @@
 //!
 //! One thread owns the decoder's workspace, the KV store and the scheduler. It takes in what was
 //! submitted, puts a step together, runs the decoder once over all sequences of the step, samples
-//! a token for each that has computed all of its own, and sends it. It takes no lock and awaits
-//! nothing, and between two admissions it allocates nothing: room for tokens, block tables and events
-//! is made when a request comes in.
+//! a token for each that has computed all of its own, and sends it. It awaits nothing and takes no
+//! lock but those by which the kernels' threads share an operation. Between two admissions it
+//! allocates nothing: room for tokens, block tables and events is made when a request comes in.
 //!
 //! A token is the one that [`generate`](crate::generate()) would give. Each row of a step depends on its own
 //! sequence alone, and random numbers on the seed and the position in the output.
@@ -61,13 +61,13 @@ impl Default for EngineOptions {
 }
 
 impl EngineOptions {
-    /// Refuses numbers that no engine can have. Room is made for all of them at the start, so that
-    /// a slip of a few digits must not take all memory.
+    /// Refuses numbers that no engine can have. Room is made for all of them at the start, and each
+    /// step looks at every place, so that a slip of a few digits must not take all memory and time.
     pub(crate) fn validate(&self) -> Result<(), InvalidParameter> {
         for (name, value, possible, allowed) in [
             ("the number of requests that run at once", self.max_sequences, 1..=4096, "1 to 4096"),
             ("the number of tokens per step", self.step_tokens, 1..=65_536, "1 to 65536"),
-            ("the number of requests that may wait", self.queue, 0..=1_000_000, "0 to 1000000"),
+            ("the number of requests that may wait", self.queue, 0..=10_000, "0 to 10000"),
             ("the number of tokens per KV block", self.block_tokens, 1..=4096, "1 to 4096"),
         ] {
             if !possible.contains(&value) {
@@ -135,8 +135,9 @@ struct Active {
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
     most_output_tokens: usize,
-    events: EventSender,
+    /// Dropped before `events`, whose end says that the place is free.
     place: Place,
+    events: EventSender,
 }
 
 impl Active {
@@ -276,8 +277,8 @@ impl Engine {
             end_ids,
             prompt_tokens,
             most_output_tokens,
-            events,
             place,
+            events,
         };
         let standing = Standing { priority, client, deadline };
         self.send(Message::Submit(Box::new(Submission {

@@ -188,9 +188,7 @@ impl InferenceEngine {
             engine: model.engine(options)?,
             model: Arc::new(model),
             processors: self.builder.processors.clone(),
-            // A request that a stop string ends keeps its place until the next step, while the one
-            // after it is submitted.
-            at_once: options.max_sequences.min((options.max_sequences + options.queue).div_ceil(2)),
+            at_once: options.max_sequences,
         });
         Ok(())
     }
@@ -309,8 +307,17 @@ impl InferenceEngine {
         let loaded = self.loaded()?.clone();
         let at_once = loaded.at_once;
         let answers = prompts.enumerate().map(move |(index, prompt)| {
-            let answer = Answer::from(loaded.stream(&prompt, params.clone(), config));
-            async move { (index, answer.await) }
+            let stream = loaded.stream(&prompt, params.clone(), config);
+            async move {
+                let mut stream = match stream {
+                    Ok(stream) => stream,
+                    Err(error) => return (index, Err(error)),
+                };
+                let generation = whole(&mut stream).await;
+                // Its place is that of a prompt after it.
+                stream.closed().await;
+                (index, generation)
+            }
         });
         Ok(match config.ordered {
             true => answers.buffered(at_once).left_stream(),
@@ -431,34 +438,36 @@ impl<T: Send + 'static> Answer<T> {
 impl From<Result<InferenceStream, Error>> for Answer<Generation> {
     /// The whole of a stream.
     fn from(stream: Result<InferenceStream, Error>) -> Self {
-        Answer::new(async move {
-            let mut stream = stream?;
-            let mut generation = Generation {
-                tokens: Vec::new(),
-                text: String::new(),
-                finish_reason: FinishReason::Length,
-                logprobs: Vec::new(),
-                prompt_time: Duration::ZERO,
-                decode_time: Duration::ZERO,
-            };
-            let mut first = None;
-            while let Some(event) = stream.next().await {
-                let event = event?;
-                generation.text.push_str(&event.text);
-                if let Some(token) = event.token {
-                    let first = *first.get_or_insert(token.time);
-                    generation.prompt_time = first - stream.start_time();
-                    generation.decode_time = token.time - first;
-                    generation.tokens.push(token.id);
-                    generation.logprobs.extend(token.logprobs);
-                }
-                if let Some(finish) = event.finish {
-                    generation.finish_reason = finish.reason;
-                }
-            }
-            Ok(generation)
-        })
+        Answer::new(async move { whole(&mut stream?).await })
     }
+}
+
+/// The whole of a stream.
+async fn whole(stream: &mut InferenceStream) -> Result<Generation, Error> {
+    let mut generation = Generation {
+        tokens: Vec::new(),
+        text: String::new(),
+        finish_reason: FinishReason::Length,
+        logprobs: Vec::new(),
+        prompt_time: Duration::ZERO,
+        decode_time: Duration::ZERO,
+    };
+    let mut first = None;
+    while let Some(event) = stream.next().await {
+        let event = event?;
+        generation.text.push_str(&event.text);
+        if let Some(token) = event.token {
+            let first = *first.get_or_insert(token.time);
+            generation.prompt_time = first - stream.start_time();
+            generation.decode_time = token.time - first;
+            generation.tokens.push(token.id);
+            generation.logprobs.extend(token.logprobs);
+        }
+        if let Some(finish) = event.finish {
+            generation.finish_reason = finish.reason;
+        }
+    }
+    Ok(generation)
 }
 
 /// The greedy continuation of a text by a model, which is loaded for it: one line for scripts. Waits.

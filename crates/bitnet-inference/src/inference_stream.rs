@@ -1,5 +1,6 @@
 //! The text of a generation as it comes.
 
+use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -47,8 +48,9 @@ pub struct StreamEvent {
 /// [`finish`](StreamEvent::finish); an error ends the stream too. Dropping the stream cancels the
 /// generation at the next step.
 pub struct InferenceStream {
-    /// `None` after the end.
-    tokens: Option<TokenStream>,
+    tokens: TokenStream,
+    /// Whether the last event has come.
+    finished: bool,
     model: Arc<Model>,
     /// When it was submitted.
     start: Instant,
@@ -70,7 +72,8 @@ impl InferenceStream {
             transcript: Transcript::new(stop)?,
             prompt_tokens: request.prompt.len(),
             output_tokens: 0,
-            tokens: Some(engine.submit(request)?),
+            tokens: engine.submit(request)?,
+            finished: false,
             model: Arc::clone(model),
         })
     }
@@ -82,17 +85,22 @@ impl InferenceStream {
 
     /// The same events for code without `async`: waits for each.
     pub fn blocking(mut self) -> impl Iterator<Item = Result<StreamEvent, Error>> {
-        std::iter::from_fn(move || {
-            block_on(std::future::poll_fn(|context| self.poll_event(context)))
-        })
+        std::iter::from_fn(move || block_on(poll_fn(|context| self.poll_event(context))))
+    }
+
+    /// Waits until the engine has let go of the generation and its place is free.
+    pub(crate) async fn closed(&mut self) {
+        poll_fn(|context| self.tokens.poll_closed(context)).await;
     }
 
     fn poll_event(
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<StreamEvent, Error>>> {
-        let Some(tokens) = &mut self.tokens else { return Poll::Ready(None) };
-        let event = match ready!(tokens.poll_event(context)) {
+        if self.finished {
+            return Poll::Ready(None);
+        }
+        let event = match ready!(self.tokens.poll_event(context)) {
             Some(Ok(Event::Token(token))) => self.token(token),
             Some(Ok(Event::Finished(finish))) => Ok(self.finish(finish)),
             Some(Err(error)) => Err(error),
@@ -100,7 +108,8 @@ impl InferenceStream {
         };
         if !matches!(event, Ok(StreamEvent { finish: None, .. })) {
             // Nothing comes after this, and what the engine still does for it is not needed.
-            self.tokens = None;
+            self.finished = true;
+            self.tokens.cancel();
         }
         Poll::Ready(Some(event))
     }
@@ -108,12 +117,11 @@ impl InferenceStream {
     fn token(&mut self, token: Token) -> Result<StreamEvent, Error> {
         self.output_tokens += 1;
         let text = self.transcript.push(self.model.tokenizer(), token.id)?;
-        let reused_tokens = self.tokens.as_ref().map_or(0, TokenStream::reused_tokens);
         let finish = self.transcript.is_stopped().then_some(Finish {
             reason: FinishReason::Stop,
             usage: Usage {
                 prompt_tokens: self.prompt_tokens,
-                reused_tokens,
+                reused_tokens: self.tokens.reused_tokens(),
                 output_tokens: self.output_tokens,
             },
         });

@@ -172,9 +172,17 @@ impl KvCache {
             idle += usize::from(references == 0);
             table.blocks.push(block);
         }
-        let found = table.blocks.len();
         // The last token is computed in any case, for its logits.
-        let all_found = found * self.block_tokens == tokens.len();
+        let mut all_found = table.blocks.len() * self.block_tokens == tokens.len();
+        if all_found && self.available() - idle < 1 + spare {
+            // There is no block for a copy: the last one is computed anew, as if it had not been
+            // found, and can be evicted for that.
+            let last = &self.blocks[table.blocks.pop().expect("it was found") as usize];
+            idle -= usize::from(last.references == 0);
+            content = last.parent;
+            all_found = false;
+        }
+        let found = table.blocks.len();
         let copies = usize::from(all_found);
         let more = tokens.len().div_ceil(self.block_tokens) - found + copies;
         if self.available() - idle < more + spare {
@@ -570,6 +578,18 @@ mod tests {
         // Two blocks are needed: the free one, and the last of b, since a was used after b.
         assert_eq!(pass(&mut model, &[3, 3, 3, 3]), 0);
         assert_eq!(pass(&mut model, &[2, 2, 2, 2, 2]), 4);
+    }
+
+    #[test]
+    fn a_sequence_that_is_found_and_leaves_no_block_for_a_copy_is_admitted_all_the_same() {
+        let mut model = Model::new(2, 4, true);
+        let tokens = [1, 2, 3, 4, 5, 6, 7, 8];
+        assert_eq!(pass(&mut model, &tokens), 0);
+        assert_eq!(pass(&mut model, &tokens), 6);
+        // It is found once more.
+        assert_eq!(pass(&mut model, &tokens), 6);
+        model.check(&[]);
+        assert_eq!(model.cache.statistics().copied_blocks, 0);
     }
 
     #[test]

@@ -116,7 +116,8 @@ pub(crate) struct Sequence<R> {
     started: bool,
     /// Tokens that were found computed then.
     reused: usize,
-    /// Tokens its client has been charged for: computing one again costs nothing.
+    /// Leading tokens that cost its client nothing any more: those that were computed for it or
+    /// found, once.
     charged: usize,
 }
 
@@ -476,11 +477,12 @@ impl<R> Scheduler<R> {
     fn take(&mut self, slot: usize, count: usize) {
         let Self { sequences, clients, batch, .. } = self;
         let sequence = sequences[slot].as_mut().expect("the sequence is there");
-        batch.push(Work { slot, position: sequence.computed, count });
-        let end = sequence.computed + count;
-        let more = end.saturating_sub(sequence.charged);
+        let position = sequence.computed;
+        batch.push(Work { slot, position, count });
+        let end = position + count;
+        let more = end.saturating_sub(sequence.charged.max(position));
         clients[sequence.client].served += more as u64;
-        sequence.charged += more;
+        sequence.charged = sequence.charged.max(end);
     }
 }
 
@@ -799,6 +801,17 @@ mod tests {
             order.extend(engine.step().1);
         }
         assert_eq!(order[..4], [busy[0], quiet[0], busy[1], quiet[1]]);
+    }
+
+    #[test]
+    fn a_client_is_charged_for_what_is_computed_and_not_for_what_is_found() {
+        let mut engine = Engine::new(4, 100, true, AMPLE);
+        for (client, computed) in [(1, 21), (2, 2)] {
+            let of = Standing { client, ..Standing::default() };
+            let slot = engine.submit(&[1; 20], 2, of);
+            assert!((0..20).any(|_| engine.step().1 == [slot]));
+            assert_eq!(engine.scheduler.clients[0].served, computed);
+        }
     }
 
     #[test]

@@ -112,6 +112,21 @@ impl TokenStream {
         Poll::Pending
     }
 
+    /// Lets the engine drop the request before its next step.
+    pub(crate) fn cancel(&self) {
+        self.signal.cancelled.store(true, Ordering::Release);
+        self.engine.wake();
+    }
+
+    /// Ready when the engine has let go of the request and its place is free.
+    pub(crate) fn poll_closed(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        self.signal.reader.register(context.waker());
+        match self.signal.closed.load(Ordering::Acquire) {
+            true => Poll::Ready(()),
+            false => Poll::Pending,
+        }
+    }
+
     /// Tokens of the prompt whose keys and values were there already. Known with the first token.
     pub(crate) fn reused_tokens(&self) -> usize {
         self.signal.reused_tokens.load(Ordering::Relaxed)
@@ -128,8 +143,7 @@ impl TokenStream {
 
 impl Drop for TokenStream {
     fn drop(&mut self) {
-        self.signal.cancelled.store(true, Ordering::Release);
-        self.engine.wake();
+        self.cancel();
     }
 }
 

@@ -397,6 +397,21 @@ fn a_prompt_that_fills_the_context_has_one_token_after_it() {
     }
 }
 
+#[test]
+fn a_prompt_that_fills_the_kv_budget_comes_again_as_often_as_it_is_sent() {
+    let model = tiny(1);
+    let kv_bytes = kv_bytes(&model, 64);
+    let engine = model.engine(EngineOptions { kv_bytes, ..EngineOptions::default() }).unwrap();
+    let expected = alone(&model, &[5; 64], &options(1)).tokens;
+    for _ in 0..3 {
+        let mut request = request(&[5; 64], &options(1));
+        // A request that is stuck fails the test instead of hanging it.
+        request.deadline = Some(Instant::now() + Duration::from_secs(20));
+        let (tokens, end) = read(&mut engine.submit(request).unwrap());
+        assert_eq!((&tokens, end.unwrap().reason), (&expected, FinishReason::Length));
+    }
+}
+
 /// Changes nothing, and panics where no panic is expected: when it is dropped.
 struct Unruly;
 

@@ -214,6 +214,24 @@ fn prompts_of_a_stream_are_answered_in_order_or_as_completed() {
 }
 
 #[test]
+fn prompts_of_a_stream_that_end_at_a_stop_string_make_room_for_the_next() {
+    for max_batch_size in [1, 3] {
+        let engine = InferenceEngine::builder().max_batch_size(max_batch_size).max_queue_length(0);
+        let mut engine = engine.build().unwrap();
+        engine.load_model("tiny").unwrap();
+        let prompts = (0..60).map(|index| PROMPTS[index % 5].to_owned());
+        let params = GenerationParams { stop: vec!["e".into()], ignore_end: true, ..params(200) };
+        let config = StreamingConfig { ordered: false, ..StreamingConfig::default() };
+        let results = engine.generate_stream(stream::iter(prompts), params, config).unwrap();
+        let results: Vec<_> = futures_executor::block_on(results.collect());
+        assert_eq!(results.len(), 60);
+        for (_, generation) in results {
+            assert_eq!(generation.unwrap().finish_reason, FinishReason::Stop);
+        }
+    }
+}
+
+#[test]
 fn answers_and_streams_can_be_awaited() {
     let engine = tiny();
     let expected = engine.generate(PROMPTS[1], params(30)).wait().unwrap();
@@ -331,8 +349,8 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
     assert!(error.contains("mlx"), "{error}");
     let error = InferenceEngine::builder().max_batch_size(0).build().err().unwrap().to_string();
     assert!(error.contains("run at once is 0; give 1 to 4096"), "{error}");
-    let error = InferenceEngine::builder().max_queue_length(usize::MAX).build().err().unwrap();
-    assert!(error.to_string().contains("may wait is"), "{error}");
+    let error = InferenceEngine::builder().max_queue_length(10_001).build().err().unwrap();
+    assert!(error.to_string().contains("may wait is 10001; give 0 to 10000"), "{error}");
     let mut none = InferenceEngine::builder().threads(0).build().unwrap();
     assert!(none.load_model("tiny").unwrap_err().to_string().contains("0 threads"));
     let mut small = InferenceEngine::builder().memory_pool_size(MemorySize::KB(1)).build().unwrap();
