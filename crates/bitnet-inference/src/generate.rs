@@ -72,6 +72,20 @@ pub struct Generation {
     pub decode_time: Duration,
 }
 
+impl Generation {
+    /// Before the first token.
+    pub(crate) fn empty() -> Self {
+        Generation {
+            tokens: Vec::new(),
+            text: String::new(),
+            finish_reason: FinishReason::Length,
+            logprobs: Vec::new(),
+            prompt_time: Duration::ZERO,
+            decode_time: Duration::ZERO,
+        }
+    }
+}
+
 /// Reads `prompt` in `session` and generates. `show` gets the text as it becomes certain, never
 /// half a character and never a part of a stop string, and can end the generation.
 pub fn generate(
@@ -85,14 +99,7 @@ pub fn generate(
     let mut transcript = Transcript::new(options.stop.clone())?;
     let mut history = prompt.to_vec();
     let (mut logits, mut candidates) = (Vec::new(), Vec::new());
-    let mut generation = Generation {
-        tokens: Vec::new(),
-        text: String::new(),
-        finish_reason: FinishReason::Length,
-        logprobs: Vec::new(),
-        prompt_time: Duration::ZERO,
-        decode_time: Duration::ZERO,
-    };
+    let mut generation = Generation::empty();
 
     let start = Instant::now();
     let selection = sampler.selection(&history, 0);

@@ -15,7 +15,7 @@ use futures_util::stream::{self, StreamExt, TryStreamExt};
 use crate::builder::{InferenceEngineBuilder, ProcessorFactory};
 use crate::engine::{Engine, EngineStatistics};
 use crate::error::Error;
-use crate::generate::{FinishReason, Generation};
+use crate::generate::Generation;
 use crate::inference_stream::{InferenceStream, StreamingConfig};
 use crate::model::Model;
 use crate::request::Request;
@@ -444,14 +444,7 @@ impl From<Result<InferenceStream, Error>> for Answer<Generation> {
 
 /// The whole of a stream.
 async fn whole(stream: &mut InferenceStream) -> Result<Generation, Error> {
-    let mut generation = Generation {
-        tokens: Vec::new(),
-        text: String::new(),
-        finish_reason: FinishReason::Length,
-        logprobs: Vec::new(),
-        prompt_time: Duration::ZERO,
-        decode_time: Duration::ZERO,
-    };
+    let mut generation = Generation::empty();
     let mut first = None;
     while let Some(event) = stream.next().await {
         let event = event?;

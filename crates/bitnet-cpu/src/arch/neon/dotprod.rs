@@ -132,9 +132,10 @@ unsafe fn pass<const T: usize, const CHAINS: usize, S: Codes>(
     let mut sums = [[[vdupq_n_s32(0); 4]; CHAINS]; T];
     let mut q = q;
     for tile in tiles {
-        // SAFETY: sixteen of the activations that the contract promises.
-        let activations: [int8x16_t; T] =
-            array::from_fn(|t| unsafe { vld1q_s8(q.add(t * stride)) });
+        let activations: [int8x16_t; T] = array::from_fn(|t| {
+            // SAFETY: sixteen of the activations that the contract promises.
+            unsafe { vld1q_s8(q.add(t * stride)) }
+        });
         four_times!(QUARTER => {
             four_times!(PLANE => {
                 let codes = tile.codes(QUARTER, PLANE);

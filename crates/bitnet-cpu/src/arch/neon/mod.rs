@@ -336,9 +336,10 @@ unsafe fn pass<const T: usize, S: Codes>(
     for run in tiles.chunks(TILES_PER_WIDENING) {
         let mut narrow = [[[vdupq_n_s16(0); 2]; 4]; T];
         for tile in run {
-            // SAFETY: sixteen of the activations that the contract promises.
-            let activations: [int32x4_t; T] =
-                array::from_fn(|t| unsafe { vld1q_s32(q.add(t * stride).cast()) });
+            let activations: [int32x4_t; T] = array::from_fn(|t| {
+                // SAFETY: sixteen of the activations that the contract promises.
+                unsafe { vld1q_s32(q.add(t * stride).cast()) }
+            });
             four_times!(PLANE => {
                 let four = activations
                     .map(|all| vreinterpretq_s8_s32(vdupq_laneq_s32::<{ PLANE as i32 }>(all)));

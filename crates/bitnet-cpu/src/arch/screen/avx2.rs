@@ -7,7 +7,7 @@ use bitnet_core::Screen;
 use bitnet_core::screen::{Block, ROWS, STEPS, TILE, TILES};
 use bitnet_quant::screen::Input;
 
-use super::{GROUPS, in_passes, input_offset};
+use super::{GROUPS, center, four, in_passes};
 
 in_passes! {
     #[target_feature(enable = "avx2,fma")]
@@ -52,14 +52,9 @@ unsafe fn pass<const N: usize>(blocks: &[Block], inputs: &[Input; N], out: &mut 
                     let codes = _mm256_and_si256(tile, low);
                     let codes = _mm256_or_si256(codes, _mm256_and_si256(bit, fifth));
                     for (input, sums) in inputs.iter().zip(&mut sums) {
-                        let at = input_offset(index, group) + 8 * quad;
-                        let planes: *const i8 = input.planes.as_ptr().cast();
                         for (plane, sum) in sums.iter_mut().enumerate() {
-                            // SAFETY: four of the input's elements, by the contract of this
-                            // function.
-                            let four = unsafe {
-                                planes.add(at + 4 * plane).cast::<i32>().read_unaligned()
-                            };
+                            // SAFETY: the contract of this function.
+                            let four = unsafe { four(input, index, group, quad, plane) };
                             let pairs = _mm256_maddubs_epi16(codes, _mm256_set1_epi32(four));
                             *sum = _mm256_add_epi16(*sum, pairs);
                         }
@@ -72,8 +67,8 @@ unsafe fn pass<const N: usize>(blocks: &[Block], inputs: &[Input; N], out: &mut 
                 for ((input, sums), products) in inputs.iter().zip(sums).zip(&mut products) {
                     let [high, low] = sums.map(|sum| _mm256_madd_epi16(sum, ones));
                     let sum = _mm256_add_epi32(_mm256_slli_epi32::<7>(high), low);
-                    // SAFETY: there is one for each group, by the contract of this function.
-                    let center = unsafe { *input.centers.get_unchecked(GROUPS * index + group) };
+                    // SAFETY: the contract of this function.
+                    let center = unsafe { center(input, index, group) };
                     let sum = _mm256_sub_ps(_mm256_cvtepi32_ps(sum), _mm256_set1_ps(center));
                     products[half] = _mm256_fmadd_ps(steps, sum, products[half]);
                 }

@@ -6,7 +6,7 @@ use bitnet_core::Screen;
 use bitnet_core::screen::{Block, ROWS, STEPS, TILE, TILES};
 use bitnet_quant::screen::Input;
 
-use super::{GROUPS, in_passes, input_offset};
+use super::{GROUPS, center, four, in_passes};
 
 in_passes! {
     #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")]
@@ -52,12 +52,9 @@ unsafe fn pass<const N: usize>(blocks: &[Block], inputs: &[Input; N], out: &mut 
                 let codes = _mm512_and_si512(tile, low);
                 let codes = _mm512_ternarylogic_epi32::<0xf8>(codes, bit, fifth);
                 for (input, sums) in inputs.iter().zip(&mut sums) {
-                    let at = input_offset(index, group) + 8 * quad;
-                    let planes: *const i8 = input.planes.as_ptr().cast();
                     for (plane, sum) in sums.iter_mut().enumerate() {
-                        // SAFETY: four of the input's elements, by the contract of this function.
-                        let four =
-                            unsafe { planes.add(at + 4 * plane).cast::<i32>().read_unaligned() };
+                        // SAFETY: the contract of this function.
+                        let four = unsafe { four(input, index, group, quad, plane) };
                         *sum = _mm512_dpbusd_epi32(*sum, codes, _mm512_set1_epi32(four));
                     }
                 }
@@ -65,8 +62,8 @@ unsafe fn pass<const N: usize>(blocks: &[Block], inputs: &[Input; N], out: &mut 
             let steps = _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(steps));
             for ((input, [high, low]), product) in inputs.iter().zip(sums).zip(&mut products) {
                 let sum = _mm512_add_epi32(_mm512_slli_epi32::<7>(high), low);
-                // SAFETY: there is one for each group, by the contract of this function.
-                let center = unsafe { *input.centers.get_unchecked(GROUPS * index + group) };
+                // SAFETY: the contract of this function.
+                let center = unsafe { center(input, index, group) };
                 let sum = _mm512_sub_ps(_mm512_cvtepi32_ps(sum), _mm512_set1_ps(center));
                 *product = _mm512_fmadd_ps(steps, sum, *product);
             }

@@ -8,7 +8,7 @@ pub(super) mod avx512;
 pub(super) mod neon;
 
 use bitnet_core::Screen;
-use bitnet_core::screen::{BLOCK_COLS, GROUP, ROWS};
+use bitnet_core::screen::{BLOCK_COLS, COLS, GROUP, ROWS};
 use bitnet_quant::screen::{Input, products};
 
 use super::Kernels;
@@ -19,11 +19,29 @@ pub(super) type UpperBounds = unsafe fn(&Screen, usize, &[Input], &mut [[f32; RO
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
 const GROUPS: usize = BLOCK_COLS / GROUP;
 
-/// Where the input begins that meets a group of columns of a block: 4 columns for each of 8 sets,
-/// in two planes each.
+/// The four elements of one plane of `input` that meet set `quad` of four columns in a group of a
+/// block.
+///
+/// # Safety
+/// The input has such columns.
 #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
-const fn input_offset(block: usize, group: usize) -> usize {
-    2 * GROUP * (block * GROUPS + group)
+#[inline(always)]
+unsafe fn four(input: &Input, block: usize, group: usize, quad: usize, plane: usize) -> i32 {
+    let sets = GROUP / COLS;
+    // SAFETY: the contract of this function; there are two planes.
+    let planes = unsafe { input.planes.get_unchecked((block * GROUPS + group) * sets + quad) };
+    i32::from_ne_bytes(planes[plane].map(|q| q as u8))
+}
+
+/// What is subtracted from the sum over a group of a block.
+///
+/// # Safety
+/// The input has such columns.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+unsafe fn center(input: &Input, block: usize, group: usize) -> f32 {
+    // SAFETY: the contract of this function.
+    unsafe { *input.centers.get_unchecked(GROUPS * block + group) }
 }
 
 /// See [`Kernels::upper_bounds`]: plain code.

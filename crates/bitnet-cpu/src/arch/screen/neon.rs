@@ -7,7 +7,7 @@ use bitnet_core::Screen;
 use bitnet_core::screen::{Block, ROWS, STEPS, TILE, TILES};
 use bitnet_quant::screen::Input;
 
-use super::{GROUPS, in_passes, input_offset};
+use super::{GROUPS, center, four, in_passes};
 
 in_passes! {
     #[target_feature(enable = "neon")]
@@ -58,15 +58,13 @@ unsafe fn products<const N: usize>(
             let mut products = [vdupq_n_f32(0.0); 4];
             for (index, block) in blocks.iter().enumerate() {
                 for group in 0..GROUPS {
-                    let planes: *const i8 = input.planes.as_ptr().cast();
-                    let planes = planes.add(input_offset(index, group));
                     let planes: [[int8x16_t; 2]; 8] = std::array::from_fn(|quad| {
-                        [0, 4].map(|plane| {
-                            let four = planes.add(8 * quad + plane).cast::<i32>().read_unaligned();
+                        [0, 1].map(|plane| {
+                            let four = four(input, index, group, quad, plane);
                             vreinterpretq_s8_s32(vdupq_n_s32(four))
                         })
                     });
-                    let center = vdupq_n_f32(*input.centers.get_unchecked(GROUPS * index + group));
+                    let center = vdupq_n_f32(center(input, index, group));
                     let steps = vld1q_u8(block.as_ptr().add(ROWS * group));
                     let halves = [vmovl_u8(vget_low_u8(steps)), vmovl_high_u8(steps)];
                     let steps = [

@@ -184,9 +184,10 @@ unsafe fn add_columns(
                 _mm_prefetch::<_MM_HINT_T1>(ahead.wrapping_add(at).cast());
             }
         }
-        // SAFETY: 32 bytes from `at` lie in a column.
-        let load =
-            |i: usize| unsafe { _mm256_loadu_si256(group.starts[i].wrapping_add(at).cast()) };
+        let load = |i: usize| {
+            // SAFETY: 32 bytes from `at` lie in a column.
+            unsafe { _mm256_loadu_si256(group.starts[i].wrapping_add(at).cast()) }
+        };
         let mut codes: [[__m256i; 2]; PAIRS] = std::array::from_fn(|i| {
             let (a, b) = (load(2 * i), load(2 * i + 1));
             [_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b)]

@@ -213,52 +213,26 @@ fn float(value: &Value) -> Option<f64> {
     }
 }
 
-impl FromValue<'_> for u64 {
-    const DESCRIPTION: &'static str = "an unsigned integer";
+/// Reads numbers of a type by a function.
+macro_rules! numbers {
+    ($($type:ty, $description:literal, $read:expr;)*) => {
+        $(impl FromValue<'_> for $type {
+            const DESCRIPTION: &'static str = $description;
 
-    fn from_value(value: &Value) -> Option<Self> {
-        integer(value)
-    }
+            fn from_value(value: &Value) -> Option<Self> {
+                $read(value)
+            }
+        })*
+    };
 }
 
-impl FromValue<'_> for u32 {
-    const DESCRIPTION: &'static str = "an unsigned integer of 32 bits";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        integer(value)
-    }
-}
-
-impl FromValue<'_> for usize {
-    const DESCRIPTION: &'static str = "an unsigned integer";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        integer(value)
-    }
-}
-
-impl FromValue<'_> for i64 {
-    const DESCRIPTION: &'static str = "an integer";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        integer(value)
-    }
-}
-
-impl FromValue<'_> for f64 {
-    const DESCRIPTION: &'static str = "a float";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        float(value)
-    }
-}
-
-impl FromValue<'_> for f32 {
-    const DESCRIPTION: &'static str = "a float";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        float(value).map(|value| value as f32)
-    }
+numbers! {
+    u64, "an unsigned integer", integer;
+    u32, "an unsigned integer of 32 bits", integer;
+    usize, "an unsigned integer", integer;
+    i64, "an integer", integer;
+    f64, "a float", float;
+    f32, "a float", |value| float(value).map(|value| value as f32);
 }
 
 impl FromValue<'_> for bool {

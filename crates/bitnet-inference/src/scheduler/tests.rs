@@ -1,0 +1,353 @@
+//! The scheduler with a hash in place of the model.
+
+use std::time::Duration;
+
+use bitnet_testing::Random;
+
+use super::*;
+
+/// A model whose next token is a hash of all tokens before it. Keys are such hashes too, so
+/// that a token computed from wrong keys is wrong.
+fn hash(before: u64, token: u32) -> u64 {
+    Random::new(before ^ u64::from(token).wrapping_mul(0x2545_f491_4f6c_dd1d)).bits()
+}
+
+fn alone(prompt: &[u32], count: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    let mut key = prompt.iter().fold(0, |key, &token| hash(key, token));
+    for _ in 0..count {
+        let token = (key % 3) as u32;
+        tokens.push(token);
+        key = hash(key, token);
+    }
+    tokens
+}
+
+impl Places {
+    fn taken(&self) -> usize {
+        self.taken.load(Ordering::Relaxed)
+    }
+}
+
+/// What a request is to become.
+struct Request {
+    expected: Vec<u32>,
+    _place: Place,
+}
+
+struct Engine {
+    places: Arc<Places>,
+    scheduler: Scheduler<Request>,
+    keys: Vec<u64>,
+    block_tokens: usize,
+}
+
+impl Engine {
+    fn new(block_tokens: usize, blocks: usize, reuse: bool, limits: Limits) -> Self {
+        const PLACES: usize = 12;
+        let cache = KvCache::new(block_tokens, blocks, reuse);
+        Engine {
+            places: Places::new(PLACES),
+            scheduler: Scheduler::new(cache, limits, PLACES),
+            keys: vec![0; blocks * block_tokens],
+            block_tokens,
+        }
+    }
+
+    fn submit(&mut self, prompt: &[u32], count: usize, standing: Standing) -> usize {
+        let place = self.places.enter().unwrap();
+        let request = Request { expected: alone(prompt, count), _place: place };
+        let most_tokens = prompt.len() + count - 1;
+        self.scheduler.submit(request, prompt.to_vec(), most_tokens, standing)
+    }
+
+    /// Runs one step; returns what was in it and which sequences are finished.
+    fn step(&mut self) -> (Vec<Work>, Vec<usize>) {
+        self.scheduler.schedule();
+        self.check();
+        let block_tokens = self.block_tokens;
+        for &(from, to) in self.scheduler.copies() {
+            let from = from as usize * block_tokens;
+            self.keys.copy_within(from..from + block_tokens, to as usize * block_tokens);
+        }
+        for work in self.scheduler.batch() {
+            let sequence = self.scheduler.sequence(work.slot);
+            let place = |position: usize| {
+                let block = sequence.blocks()[position / block_tokens] as usize;
+                block * block_tokens + position % block_tokens
+            };
+            for position in work.position..work.position + work.count {
+                let before = if position == 0 { 0 } else { self.keys[place(position - 1)] };
+                self.keys[place(position)] = hash(before, sequence.tokens()[position]);
+            }
+        }
+        self.scheduler.complete();
+        let mut finished = Vec::new();
+        let batch = self.scheduler.batch().to_vec();
+        for work in &batch {
+            let sequence = self.scheduler.sequence(work.slot);
+            if sequence.is_computed() {
+                let last = sequence.tokens().len() - 1;
+                let block = sequence.blocks()[last / block_tokens] as usize;
+                let key = self.keys[block * block_tokens + last % block_tokens];
+                self.scheduler.push(work.slot, (key % 3) as u32);
+                let sequence = self.scheduler.sequence(work.slot);
+                let known = sequence.tokens();
+                assert_eq!(known, &sequence.request.expected[..known.len()]);
+                if known.len() == sequence.request.expected.len() {
+                    finished.push(work.slot);
+                }
+            }
+        }
+        for &slot in &finished {
+            self.scheduler.remove(slot);
+        }
+        (batch, finished)
+    }
+
+    /// What holds of every step.
+    fn check(&self) {
+        let Scheduler { limits, batch, running, waiting, .. } = &self.scheduler;
+        assert!(running.len() <= limits.max_sequences);
+        assert!(batch.iter().map(|work| work.count).sum::<usize>() <= limits.step_tokens);
+        let mut slots: Vec<usize> = running.iter().chain(waiting).copied().collect();
+        slots.sort_unstable();
+        let live = self.scheduler.sequences.iter().enumerate();
+        let live: Vec<usize> = live.filter(|(_, s)| s.is_some()).map(|(slot, _)| slot).collect();
+        assert_eq!(slots, live, "every sequence is running or waiting");
+        assert_eq!(self.places.taken(), live.len());
+        assert!(running.is_sorted_by_key(|&slot| self.scheduler.sequence(slot).rank()));
+        for &slot in running {
+            let sequence = self.scheduler.sequence(slot);
+            let takes_part = batch.iter().filter(|work| work.slot == slot).count();
+            // Decode never waits.
+            let expected = usize::from(!sequence.paused);
+            assert!(takes_part <= 1 && (takes_part == expected || sequence.left() > 1));
+        }
+        for work in batch {
+            assert!(running.contains(&work.slot) && work.count > 0);
+        }
+    }
+}
+
+fn standing(priority: i32) -> Standing {
+    Standing { priority, ..Standing::default() }
+}
+
+#[test]
+fn random_requests_in_little_memory_get_the_tokens_they_get_alone() {
+    let mut preemptions = 0;
+    for seed in 0..40 {
+        let random = &mut Random::new(seed);
+        let (block_tokens, blocks) = (1 + random.below(4), 12 + random.below(20));
+        let max_sequences = 1 + random.below(5);
+        let step_tokens = max_sequences + random.below(12);
+        let limits = Limits { max_sequences, step_tokens };
+        let mut engine = Engine::new(block_tokens, blocks, seed % 2 == 0, limits);
+        let mut live: Vec<usize> = Vec::new();
+        let mut pauses = 0;
+        for _ in 0..2_000 {
+            match random.below(10) {
+                0..=2 if engine.places.taken() < engine.places.limit => {
+                    let most = (block_tokens * blocks).min(30);
+                    let prompt: Vec<u32> =
+                        (0..1 + random.below(most - 1)).map(|_| random.below(3) as u32).collect();
+                    let count = 1 + random.below(most - prompt.len());
+                    let standing = Standing {
+                        priority: random.below(3) as i32,
+                        client: random.below(3) as u64,
+                        deadline: None,
+                    };
+                    live.push(engine.submit(&prompt, count, standing));
+                }
+                3 if !live.is_empty() && random.below(4) == 0 => {
+                    let slot = live.swap_remove(random.below(live.len()));
+                    engine.scheduler.remove(slot);
+                }
+                4 if !live.is_empty() => {
+                    let slot = live[random.below(live.len())];
+                    let paused = &mut engine.scheduler.sequence_mut(slot).paused;
+                    *paused = !*paused;
+                    pauses += usize::from(*paused);
+                }
+                _ => {
+                    let (_, finished) = engine.step();
+                    live.retain(|slot| !finished.contains(slot));
+                }
+            }
+        }
+        assert!(pauses > 0);
+        for (_, sequence) in engine.scheduler.sequences_mut() {
+            sequence.paused = false;
+        }
+        let mut steps = 0;
+        while !live.is_empty() {
+            let (batch, finished) = engine.step();
+            assert!(!batch.is_empty(), "nobody is stuck");
+            live.retain(|slot| !finished.contains(slot));
+            steps += 1;
+            assert!(steps < 10_000, "nobody waits for ever");
+        }
+        assert_eq!(engine.scheduler.cache.available(), blocks);
+        assert_eq!(engine.scheduler.counts(), (0, 0));
+        preemptions += engine.scheduler.preemptions();
+    }
+    assert!(preemptions > 100, "{preemptions}");
+}
+
+const AMPLE: Limits = Limits { max_sequences: 4, step_tokens: 8 };
+
+#[test]
+fn decode_goes_on_beside_a_long_prompt() {
+    let mut engine = Engine::new(4, 100, true, AMPLE);
+    let decoding = engine.submit(&[1], 50, standing(0));
+    engine.step();
+    let long = engine.submit(&[2; 60], 2, standing(0));
+    for _ in 0..8 {
+        let (batch, _) = engine.step();
+        let count = |slot| batch.iter().find(|work| work.slot == slot).unwrap().count;
+        assert_eq!((count(decoding), count(long)), (1, 7));
+    }
+}
+
+#[test]
+fn a_short_prompt_overtakes_a_long_one_which_keeps_half_of_each_step() {
+    let mut engine = Engine::new(4, 100, true, AMPLE);
+    let long = engine.submit(&[2; 70], 2, standing(0));
+    let second = engine.submit(&[0; 60], 2, standing(0));
+    engine.step();
+    let short = engine.submit(&[1; 4], 2, standing(0));
+    let (batch, _) = engine.step();
+    let count = |slot| batch.iter().find(|work| work.slot == slot).map(|work| work.count);
+    assert_eq!((count(long), count(second), count(short)), (Some(4), None, Some(4)));
+    // A higher priority has everything.
+    let urgent = engine.submit(&[1; 20], 2, standing(1));
+    let (batch, _) = engine.step();
+    let count = |slot| batch.iter().find(|work| work.slot == slot).map(|work| work.count);
+    assert_eq!((count(long), count(short), count(urgent)), (None, Some(1), Some(7)));
+}
+
+#[test]
+fn the_latest_of_the_lowest_priority_gives_up_its_blocks_and_comes_back() {
+    let mut engine = Engine::new(2, 10, false, AMPLE);
+    let slots = [1, 0, 0, 1].map(|priority| engine.submit(&[1, 2], 9, standing(priority)));
+    let mut preempted = Vec::new();
+    let mut waiting = Vec::new();
+    for _ in 0..200 {
+        let (batch, _) = engine.step();
+        for &slot in &engine.scheduler.waiting {
+            if !waiting.contains(&slot) && engine.scheduler.sequence(slot).started {
+                preempted.push(slot);
+            }
+        }
+        waiting.clone_from(&engine.scheduler.waiting);
+        if batch.is_empty() {
+            break;
+        }
+    }
+    assert_eq!(engine.scheduler.counts(), (0, 0));
+    assert_eq!(preempted[..2], [slots[2], slots[1]]);
+    assert!(!preempted.contains(&slots[0]), "the first of the highest priority");
+    // Ten tokens each: to compute one again costs nothing.
+    assert_eq!(engine.scheduler.clients[0].served, 40);
+}
+
+#[test]
+fn a_preempted_sequence_comes_before_new_ones_of_its_priority() {
+    let mut engine = Engine::new(2, 40, true, Limits { max_sequences: 1, step_tokens: 8 });
+    let from = |client, priority| Standing { priority, client, deadline: None };
+    let preempted = engine.submit(&[1; 8], 2, from(1, 0));
+    // Nothing has been computed for this client, and so not for the one that comes anew.
+    let last = engine.submit(&[0], 1, from(4, -1));
+    engine.step();
+    let high = engine.submit(&[2; 4], 2, from(2, 1));
+    engine.step();
+    let new = engine.submit(&[3; 4], 2, from(3, 0));
+    let mut order = Vec::new();
+    while order.len() < 4 {
+        order.extend(engine.step().1);
+    }
+    assert_eq!(order, [high, preempted, new, last]);
+}
+
+#[test]
+fn a_higher_priority_takes_the_place_of_a_lower_one() {
+    let mut engine = Engine::new(2, 40, true, Limits { max_sequences: 2, step_tokens: 8 });
+    let low = [0, 0].map(|priority| engine.submit(&[1, 2], 9, standing(priority)));
+    engine.step();
+    let high = engine.submit(&[3, 4], 2, standing(5));
+    let (batch, _) = engine.step();
+    let slots: Vec<usize> = batch.iter().map(|work| work.slot).collect();
+    assert_eq!(slots, [low[0], high]);
+    assert_eq!(engine.scheduler.waiting, [low[1]]);
+}
+
+#[test]
+fn a_paused_sequence_gives_way_and_holds_up_nobody() {
+    // Together they need more blocks than there are: when the other grows, or when it comes.
+    for prompt in [[2; 2].as_slice(), &[3; 12]] {
+        let mut engine = Engine::new(2, 8, true, Limits { max_sequences: 2, step_tokens: 8 });
+        let stalled = engine.submit(&[1; 8], 8, standing(9));
+        engine.step();
+        engine.scheduler.sequence_mut(stalled).paused = true;
+        let other = engine.submit(prompt, 16 - prompt.len(), standing(0));
+        assert!((0..20).any(|_| engine.step().1 == [other]));
+        assert_eq!(engine.scheduler.preemptions(), 1, "the other kept its place");
+        assert!(engine.step().0.is_empty());
+        engine.scheduler.sequence_mut(stalled).paused = false;
+        assert!((0..20).any(|_| engine.step().1 == [stalled]));
+    }
+}
+
+#[test]
+fn clients_take_turns_however_many_requests_one_of_them_has() {
+    let mut engine = Engine::new(4, 100, false, Limits { max_sequences: 1, step_tokens: 8 });
+    let of = |client| Standing { client, ..Standing::default() };
+    let busy: Vec<usize> = (0..5).map(|_| engine.submit(&[1; 4], 3, of(7))).collect();
+    engine.step();
+    let quiet: Vec<usize> = (0..2).map(|_| engine.submit(&[2; 4], 3, of(8))).collect();
+    let mut order = Vec::new();
+    while order.len() < 7 {
+        order.extend(engine.step().1);
+    }
+    assert_eq!(order[..4], [busy[0], quiet[0], busy[1], quiet[1]]);
+}
+
+#[test]
+fn a_client_is_charged_for_what_is_computed_and_not_for_what_is_found() {
+    let mut engine = Engine::new(4, 100, true, AMPLE);
+    for (client, computed) in [(1, 21), (2, 2)] {
+        let of = Standing { client, ..Standing::default() };
+        let slot = engine.submit(&[1; 20], 2, of);
+        assert!((0..20).any(|_| engine.step().1 == [slot]));
+        assert_eq!(engine.scheduler.clients[0].served, computed);
+    }
+}
+
+#[test]
+fn deadlines_are_compared_with_the_time_that_is_handed_in() {
+    let mut engine = Engine::new(4, 100, true, AMPLE);
+    let start = Instant::now();
+    let at = |seconds| Some(start + Duration::from_secs(seconds));
+    let with = |deadline| Standing { deadline, ..Standing::default() };
+    engine.submit(&[1], 3, with(None));
+    let late = engine.submit(&[1], 3, with(at(9)));
+    let early = engine.submit(&[1], 3, with(at(5)));
+    assert_eq!(engine.scheduler.next_deadline(), at(5));
+    assert_eq!(engine.scheduler.expired(start), None);
+    assert_eq!(engine.scheduler.expired(at(5).unwrap()), Some(early));
+    engine.scheduler.remove(early);
+    assert_eq!(engine.scheduler.expired(at(8).unwrap()), None);
+    assert_eq!(engine.scheduler.expired(at(10).unwrap()), Some(late));
+}
+
+#[test]
+fn a_full_house_refuses_until_somebody_leaves() {
+    let places = Places::new(2);
+    let first = places.enter().unwrap();
+    let _second = places.enter().unwrap();
+    assert_eq!(places.enter().unwrap_err(), QueueFull { limit: 2 });
+    drop(first);
+    assert!(places.enter().is_ok());
+    assert_eq!(places.taken(), 1);
+}
