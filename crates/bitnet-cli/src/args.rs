@@ -178,6 +178,10 @@ pub struct RunArgs {
     #[arg(long)]
     pub ignore_eos: bool,
 
+    /// Report the time, the bytes and the bound of each kind of operation
+    #[arg(long)]
+    pub profile: bool,
+
     /// Print one JSON object at the end instead of text as it comes
     #[arg(long)]
     pub json: bool,

@@ -78,6 +78,11 @@ impl Messages {
         }
     }
 
+    /// Lines that were asked for beside the result.
+    pub fn report(&self, text: &str) {
+        let _ = io::stderr().write_all(text.as_bytes());
+    }
+
     /// What was done, and how fast.
     pub fn summary(&self, text: &str) {
         if !self.quiet {
@@ -146,6 +151,26 @@ pub fn table<const N: usize>(rows: &[[String; N]], right: [bool; N]) -> String {
     text
 }
 
+/// Three digits that tell, or one decimal.
+pub fn number(value: f64) -> String {
+    match value {
+        v if v >= 99.95 => format!("{v:.0}"),
+        v if v >= 9.995 => format!("{v:.1}"),
+        v => format!("{v:.2}"),
+    }
+}
+
+/// A share with two digits that tell.
+pub fn percent(share: f64) -> String {
+    let percent = 100.0 * share;
+    match percent {
+        0.0 => "0 %".to_owned(),
+        p if p < 0.1 => format!("{p:.3} %"),
+        p if p < 9.95 => format!("{p:.1} %"),
+        p => format!("{p:.0} %"),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,5 +191,13 @@ mod tests {
     fn tokens_that_are_no_text_show_their_bytes() {
         assert_eq!(quoted("é\n".as_bytes()), "\"é\\n\"");
         assert_eq!(quoted(b"\xe2\x80"), "\"\\xe2\\x80\"");
+    }
+
+    #[test]
+    fn numbers_have_three_digits() {
+        let numbers = [123.4, 99.96, 12.34, 1.234].map(number);
+        assert_eq!(numbers, ["123", "100", "12.3", "1.23"]);
+        let shares = [0.0, 0.00021, 0.034, 0.5].map(percent);
+        assert_eq!(shares, ["0 %", "0.021 %", "3.4 %", "50 %"]);
     }
 }

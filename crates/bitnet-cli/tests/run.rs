@@ -201,3 +201,22 @@ fn chat_puts_the_messages_into_the_template() {
     let answer = stdout_of(&["run", "--chat", "Hello", "--system", "Be brief.", "-n", "4"]);
     assert_eq!(answer, format!("{}\n", run["text"].as_str().unwrap()));
 }
+
+#[test]
+fn a_profile_names_each_operation_its_bytes_and_its_bound() {
+    let run = json_of(&["run", PROMPT, "-n", "3", "--profile", "--json"]);
+    let profile = &run["profile"];
+    assert!(profile["read_ceiling_gb_per_s"].as_f64().unwrap() > 0.0);
+    let operations = profile["operations"].as_array().unwrap();
+    let named = |name: &str| operations.iter().any(|operation| operation["name"] == name);
+    assert!(["embedding", "linears", "attention", "gate and up"].into_iter().all(named));
+    let wall =
+        run["timing"]["prompt_ms"].as_f64().unwrap() + run["timing"]["decode_ms"].as_f64().unwrap();
+    let inside: f64 = operations.iter().map(|operation| operation["ms"].as_f64().unwrap()).sum();
+    assert!(inside <= wall, "{inside} ms of {wall}");
+    assert_eq!(json_of(&["run", PROMPT, "-n", "3", "--json"])["profile"], serde_json::Value::Null);
+
+    let shown = support::bitnet(&["run", PROMPT, "-n", "3", "--profile"]);
+    assert!(shown.stderr.contains("bound by"), "{}", shown.stderr);
+    assert!(shown.stderr.lines().all(|line| line.chars().count() <= 80), "{}", shown.stderr);
+}

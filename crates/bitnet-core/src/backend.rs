@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::error::Error;
+use crate::profile::OperationProfile;
 use crate::screen::{Candidate, Pick, Screen};
 use crate::shortcuts::ShortcutCounts;
 use crate::tensor::Tensor;
@@ -178,6 +179,11 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// What shortcuts have saved so far; all zero for a backend that takes none.
     fn shortcut_counts(&self) -> ShortcutCounts {
         ShortcutCounts::default()
+    }
+    /// What each kind of operation has cost so far, in the order in which they first ran; empty for a
+    /// backend that keeps no such books, or was not asked to.
+    fn profile(&self) -> Vec<OperationProfile> {
+        Vec::new()
     }
 
     // Memory.

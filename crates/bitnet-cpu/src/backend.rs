@@ -6,8 +6,8 @@ use bitnet_core::backend::{
 };
 use bitnet_core::machine::physical_cores;
 use bitnet_core::{
-    Candidate, DType, Error, LinearUse, Pick, Screen, ShortcutCounts, Shortcuts, Tensor,
-    TernaryMatrix, TiledMatrix, budget,
+    Candidate, DType, Error, LinearUse, OperationProfile, Pick, Screen, ShortcutCounts, Shortcuts,
+    Tensor, TernaryMatrix, TiledMatrix, budget,
 };
 use bitnet_quant::packing::tile;
 
@@ -16,6 +16,7 @@ use crate::dispatch::{Isa, unavailable};
 use crate::kv::KvStore;
 use crate::linear::Linear;
 use crate::ops::{Compute, Ffn};
+use crate::profile::Profile;
 use crate::threads::ThreadPool;
 
 /// More threads than any machine this runs on has cores; a larger number is a mistake.
@@ -35,6 +36,8 @@ pub struct CpuOptions {
     /// Keeps second copies of weights that make shortcuts possible, for models that bring none along.
     /// Costs memory.
     pub copies: bool,
+    /// Keeps books on what each operation costs: see [`Backend::profile`].
+    pub profile: bool,
 }
 
 /// Computes on the CPU.
@@ -60,7 +63,7 @@ impl CpuBackend {
         let pool = ThreadPool::new(threads, options.pinned)
             .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
         Ok(CpuBackend {
-            compute: Compute::new(kernels, pool, options.shortcuts),
+            compute: Compute::new(kernels, pool, options.shortcuts, Profile::new(options.profile)),
             copies: options.copies,
         })
     }
@@ -104,6 +107,10 @@ impl Backend for CpuBackend {
 
     fn shortcut_counts(&self) -> ShortcutCounts {
         self.compute.counts.read()
+    }
+
+    fn profile(&self) -> Vec<OperationProfile> {
+        self.compute.profile.read()
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, Error> {

@@ -20,6 +20,7 @@ mod dispatch;
 mod kv;
 mod linear;
 mod ops;
+mod profile;
 #[allow(unsafe_code)]
 mod threads;
 

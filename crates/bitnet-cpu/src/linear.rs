@@ -85,6 +85,11 @@ impl Linear {
         self.cols
     }
 
+    /// Bytes of the codes.
+    pub(crate) fn byte_len(&self) -> usize {
+        self.tiles.len()
+    }
+
     /// The tiles of sixteen rows, which a matrix in row order gets put together in `room`.
     pub(crate) fn band<'a>(
         &'a self,

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bitnet_core::Error as CoreError;
-use bitnet_core::{Device, ShortcutCounts, Shortcuts};
+use bitnet_core::{Device, OperationProfile, ShortcutCounts, Shortcuts};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_model::chat::ChatTemplate;
 use bitnet_model::config::{ModelConfig, Pooling};
@@ -30,6 +30,8 @@ pub struct ModelOptions {
     pub shortcuts: Option<Shortcuts>,
     /// See [`CpuOptions::copies`].
     pub copies: bool,
+    /// See [`CpuOptions::profile`].
+    pub profile: bool,
     /// What a file cannot say about itself.
     pub load: LoadOptions,
 }
@@ -69,6 +71,7 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
         pinned: options.pinned,
         shortcuts: shortcuts(options)?,
         copies: options.copies,
+        profile: options.profile,
     })?)
 }
 
@@ -139,6 +142,12 @@ impl Model {
     /// What exact shortcuts have saved since the model was loaded.
     pub fn shortcut_counts(&self) -> ShortcutCounts {
         self.decoder.shortcut_counts()
+    }
+
+    /// What each kind of operation has cost since the model was loaded, where [`ModelOptions::profile`]
+    /// asked for it.
+    pub fn profile(&self) -> Vec<OperationProfile> {
+        self.decoder.profile()
     }
 
     /// A new, empty sequence.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use bitnet_core::backend::{Backend, KvType, Span};
-use bitnet_core::{Error as CoreError, Pick, ShortcutCounts};
+use bitnet_core::{Error as CoreError, OperationProfile, Pick, ShortcutCounts};
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Step, Workspace};
 
@@ -42,6 +42,7 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn vocab_size(&self) -> usize;
     fn backend_name(&self) -> String;
     fn shortcut_counts(&self) -> ShortcutCounts;
+    fn profile(&self) -> Vec<OperationProfile>;
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
     fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
 }
@@ -61,6 +62,10 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
 
     fn shortcut_counts(&self) -> ShortcutCounts {
         self.backend().shortcut_counts()
+    }
+
+    fn profile(&self) -> Vec<OperationProfile> {
+        self.backend().profile()
     }
 
     fn session(&self, options: SessionOptions) -> Result<Session, Error> {

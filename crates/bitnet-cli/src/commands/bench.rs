@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use super::WrongUsage;
 use crate::args::{BenchArgs, BenchFormat};
-use crate::output::{self, Messages};
+use crate::output::{self, Messages, number, percent};
 
 pub fn run(args: BenchArgs, messages: &Messages) -> Result<()> {
     let options = super::session_options(args.kv_type);
@@ -301,25 +301,6 @@ impl Row {
     }
 }
 
-/// Three digits that tell, or one decimal.
-fn number(value: f64) -> String {
-    match value {
-        v if v >= 99.95 => format!("{v:.0}"),
-        v if v >= 9.995 => format!("{v:.1}"),
-        v => format!("{v:.2}"),
-    }
-}
-
-fn percent(share: f64) -> String {
-    let percent = 100.0 * share;
-    match percent {
-        0.0 => "0 %".to_owned(),
-        p if p < 0.1 => format!("{p:.3} %"),
-        p if p < 9.95 => format!("{p:.1} %"),
-        p => format!("{p:.0} %"),
-    }
-}
-
 fn mega(value: f64) -> String {
     number(value / 1e6)
 }
@@ -485,13 +466,5 @@ mod tests {
         assert_eq!(date(951_782_400), "2000-02-29");
         assert_eq!(date(1_709_251_199), "2024-02-29");
         assert_eq!(date(4_107_542_400), "2100-03-01");
-    }
-
-    #[test]
-    fn numbers_have_three_digits() {
-        let numbers = [123.4, 99.96, 12.34, 1.234].map(number);
-        assert_eq!(numbers, ["123", "100", "12.3", "1.23"]);
-        let shares = [0.0, 0.00021, 0.034, 0.5].map(percent);
-        assert_eq!(shares, ["0 %", "0.021 %", "3.4 %", "50 %"]);
     }
 }

@@ -12,7 +12,11 @@ use crate::output::{self, Messages};
 const TOP: usize = 10;
 
 pub fn run(args: LogitsArgs, messages: &Messages) -> Result<()> {
-    let model = super::load_generator(&args.model, messages)?;
+    let model = super::load_generator(
+        &args.model.name.model,
+        &super::model_options(&args.model),
+        messages,
+    )?;
     if args.json { print_json(&args, &model) } else { print_table(&args, &model) }
 }
 

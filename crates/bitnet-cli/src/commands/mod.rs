@@ -8,6 +8,7 @@ mod doctor;
 mod embed;
 mod info;
 mod logits;
+mod profile;
 mod run;
 mod tokenize;
 
@@ -90,19 +91,22 @@ fn load_options(args: &FileArgs) -> LoadOptions {
 
 /// Loads a model to run it.
 fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
-    let model = Model::open(&args.name.model, &model_options(args))?;
+    open(&args.name.model, &model_options(args), messages)
+}
+
+fn open(name: &str, options: &ModelOptions, messages: &Messages) -> Result<Model> {
+    let model = Model::open(name, options)?;
     show_notes(model.description(), messages);
     Ok(model)
 }
 
 /// Loads a model that is to write text.
-fn load_generator(args: &ModelArgs, messages: &Messages) -> Result<Model> {
-    let model = load(args, messages)?;
+fn load_generator(name: &str, options: &ModelOptions, messages: &Messages) -> Result<Model> {
+    let model = open(name, options, messages)?;
     if model.config().pooling.is_some() {
         bail!(
-            "{} makes embeddings and does not write text: use `bitnet embed`, or choose another \
-             model",
-            args.name.model
+            "{name} makes embeddings and does not write text: use `bitnet embed`, or choose \
+             another model"
         );
     }
     Ok(model)

@@ -4,15 +4,20 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 
 use anyhow::{Result, bail};
+use bitnet_core::machine::physical_cores;
+use bitnet_cpu::ceilings::Ceilings;
 use bitnet_inference::generate::TokenLogprobs;
-use bitnet_inference::{GenerateOptions, Generation, Model, SamplingParams, generate};
+use bitnet_inference::{
+    GenerateOptions, Generation, Model, ModelOptions, SamplingParams, generate,
+};
 use bitnet_model::chat::Message;
 use bitnet_model::tokenizer::Special;
 use serde::Serialize;
 
 use super::WrongUsage;
+use super::profile::Profile;
 use crate::args::{RunArgs, SamplingArgs};
-use crate::output::{self, Messages};
+use crate::output::{self, Messages, number};
 
 /// What is to be continued.
 enum Prompt {
@@ -27,7 +32,8 @@ enum Prompt {
 pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
     let sampling = sampling_params(&args.sampling)?;
     let prompt = prompt(&args)?;
-    let model = super::load_generator(&args.model, messages)?;
+    let options = ModelOptions { profile: args.profile, ..super::model_options(&args.model) };
+    let model = super::load_generator(&args.model.name.model, &options, messages)?;
     if let Some((id, _)) =
         args.sampling.logit_bias.iter().find(|(id, _)| *id as usize >= model.vocab_size())
     {
@@ -68,6 +74,14 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
         output::end_of_text()?;
         generation
     };
+    let profile = match args.profile {
+        false => None,
+        true => {
+            messages.summary("measuring what this machine can do at most");
+            let threads = args.model.threads.unwrap_or_else(physical_cores);
+            Some(Profile::new(model.profile(), &Ceilings::measure(threads)?))
+        }
+    };
     let timing = Timing::of(&generation, prompt_tokens.len(), session.length());
     let summary = timing.sentence(prompt_tokens.len(), generation.tokens.len());
     if args.json {
@@ -78,7 +92,10 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
             finish_reason: generation.finish_reason.as_str(),
             timing,
             logprobs: args.sampling.logprobs.map(|_| logprobs(&generation)),
+            profile,
         })?;
+    } else if let Some(profile) = profile {
+        messages.report(&profile.table());
     }
     messages.summary(&summary);
     Ok(())
@@ -176,7 +193,7 @@ impl Timing {
             if count == 0 {
                 return format!("0 {what}s");
             }
-            let rate = rate.map(|rate| format!(" ({} tokens/s)", three_digits(rate)));
+            let rate = rate.map(|rate| format!(" ({} tokens/s)", number(rate)));
             format!("{count} {what}{plural} in {}{}", duration(ms), rate.unwrap_or_default())
         };
         format!(
@@ -187,22 +204,8 @@ impl Timing {
     }
 }
 
-/// A positive number for people: three digits, or all of the whole part.
-fn three_digits(value: f64) -> String {
-    let decimals = match value {
-        v if v < 9.995 => 2,
-        v if v < 99.95 => 1,
-        _ => 0,
-    };
-    format!("{value:.decimals$}")
-}
-
 fn duration(ms: f64) -> String {
-    if ms < 999.5 {
-        format!("{} ms", three_digits(ms))
-    } else {
-        format!("{} s", three_digits(ms / 1e3))
-    }
+    if ms < 999.5 { format!("{} ms", number(ms)) } else { format!("{} s", number(ms / 1e3)) }
 }
 
 /// What `--json` prints.
@@ -215,6 +218,8 @@ struct Output<'a> {
     timing: Timing,
     #[serde(skip_serializing_if = "Option::is_none")]
     logprobs: Option<Vec<Logprobs>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    profile: Option<Profile>,
 }
 
 #[derive(Serialize)]
@@ -243,10 +248,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn times_and_rates_have_three_digits() {
+    fn times_have_three_digits() {
         assert_eq!(duration(2.346), "2.35 ms");
         assert_eq!(duration(999.9), "1.00 s");
-        assert_eq!(three_digits(6400.4), "6400");
-        assert_eq!(three_digits(64.04), "64.0");
     }
 }

@@ -10,6 +10,7 @@ use super::{Compute, at_least, lock};
 use crate::arch::{Attention, Room, partial_len, room_len};
 use crate::buffer::Buffer;
 use crate::kv::{KvStore, LayerMut, Side, scatter};
+use crate::profile::Call;
 use crate::threads::{Chunks, Partition, Strips, ThreadPool};
 
 /// Rows of scores (query heads of tokens) that share each load of a key or value: what they need
@@ -34,6 +35,7 @@ impl Compute {
         v: &Buffer,
         spans: &[Span<'_>],
     ) {
+        let start = self.profile.start();
         let layout = *kv.layout();
         let (kv_heads, head_size) = (layout.kv_heads, layout.head_size);
         let tokens = kv.tokens();
@@ -87,6 +89,7 @@ impl Compute {
                 });
             }
         }
+        self.profile.note(start, || Call::of_rows("keys, values", rows));
     }
 
     /// Runs parts on all threads, or on the calling one if they are small.
@@ -103,6 +106,7 @@ impl Compute {
         spans: &[Span<'_>],
         out: &mut Buffer,
     ) {
+        let start = self.profile.start();
         let layout = *kv.layout();
         let (kv_heads, head_size) = (layout.kv_heads, layout.head_size);
         assert!(shape.heads.is_multiple_of(kv_heads), "query heads share key/value heads evenly");
@@ -227,5 +231,20 @@ impl Compute {
                 }
             });
         }
+        self.profile.note(start, || {
+            let seen = |end: usize| end.min(shape.window.unwrap_or(end));
+            let (mut tokens, mut products) = (0, 0);
+            for span in spans {
+                let ends = span.position + 1..=span.position + span.rows.len();
+                // Each row of a span sees what the one before it sees, and itself.
+                tokens += seen(span.position + 1) + span.rows.len() - 1;
+                products += ends.map(seen).sum::<usize>();
+            }
+            Call {
+                bytes: tokens * layout.block_bytes() / layout.layers / layout.block_tokens,
+                macs: 2 * width * products,
+                ..Call::of_rows("attention", rows)
+            }
+        });
     }
 }

@@ -18,6 +18,7 @@ use super::{Compute, Scratch, ThreadScratch, at_least, count, lock};
 use crate::arch::{planes_len, spread};
 use crate::buffer::Buffer;
 use crate::linear::Linear;
+use crate::profile::Call;
 use crate::threads::{Chunks, Strip, Strips};
 
 /// The largest share of live rows of `up`, in per cent, at which leaving the others out was faster
@@ -60,6 +61,7 @@ impl Compute {
         let mut scratch = self.scratch();
         let Scratch { inputs: room, planes, column_sums, group_sums, threads, .. } = &mut *scratch;
         let inputs = self.prepare(x, rows, norm, &[ffn.gate, ffn.up], room, threads);
+        let (start, skipped) = (self.profile.start(), self.counts.read().up_rows_skipped);
         let by_row = ffn.up.by_row().filter(|_| rows == 1);
         let planes = at_least(planes, by_row.map_or(0, |_| planes_len(inputs.quantized.len())));
         if by_row.is_some() {
@@ -86,6 +88,16 @@ impl Compute {
             }
             for row in 0..rows {
                 self.kernels.gate(ffn.activation, gate.row(row), up.row(row));
+            }
+        });
+        self.profile.note(start, || {
+            let skipped = (self.counts.read().up_rows_skipped - skipped) as usize;
+            let bytes = ffn.gate.byte_len() + ffn.up.byte_len();
+            Call {
+                shape: Some([x.cols(), 2 * width]),
+                bytes: bytes - ffn.up.byte_len() / width * skipped,
+                macs: (2 * rows * width - skipped) * x.cols(),
+                ..Call::of_rows("gate and up", rows)
             }
         });
 
@@ -163,6 +175,7 @@ impl Compute {
         threads: &[Mutex<ThreadScratch>],
         out: &mut Buffer,
     ) {
+        let start = self.profile.start();
         // Each part has its share of the columns and sums for all rows.
         let height = 4 * column_bytes;
         let columns = &inputs.quantized[..down.cols()];
@@ -193,5 +206,14 @@ impl Compute {
         sums.iter_mut().for_each(|acc| *acc -= sum);
         let scales = down.output_scale(0..down.rows());
         self.kernels.scale_outputs(sums, scale, scales, out.shape(1, down.rows()));
+        self.profile.note(start, || {
+            let live = columns.iter().filter(|&&q| q != 0).count();
+            Call {
+                shape: Some([down.cols(), down.rows()]),
+                bytes: live * column_bytes,
+                macs: live * down.rows(),
+                ..Call::of_rows("live columns", 1)
+            }
+        });
     }
 }

@@ -14,6 +14,7 @@ use super::{Compute, InputScratch, Scratch, ThreadScratch, at_least, lock};
 use crate::arch::{BandScale, Tile};
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
+use crate::profile::Call;
 use crate::threads::{Chunks, Strip, Strips};
 
 /// Tokens whose inputs stay in the cache (160 kB at 2560 columns) while bands pass by.
@@ -75,6 +76,7 @@ impl Compute {
         group_sums: &mut Vec<i32>,
         threads: &[Mutex<ThreadScratch>],
     ) {
+        let start = self.profile.start();
         let (rows, stride) = (inputs.rows.len(), inputs.stride);
         for (linears, outs) in linears.chunks(MATRICES).zip(outs.chunks_mut(MATRICES)) {
             let tasks = tasks(linears, inputs, group_sums);
@@ -93,6 +95,15 @@ impl Compute {
                 self.strip(task, inputs, &mut lock(&threads[thread]), &mut strip);
             });
         }
+        self.profile.note(start, || {
+            let features: usize = linears.iter().map(|linear| linear.rows()).sum();
+            Call {
+                shape: Some([linears[0].cols(), features]),
+                bytes: linears.iter().map(|linear| linear.byte_len()).sum(),
+                macs: rows * features * linears[0].cols(),
+                ..Call::of_rows("linears", rows)
+            }
+        });
     }
 
     /// Norms each row, and quantises it for the matrices that take it so.
@@ -105,6 +116,7 @@ impl Compute {
         room: &'a mut InputScratch,
         threads: &[Mutex<ThreadScratch>],
     ) -> Inputs<'a> {
+        let start = self.profile.start();
         let stride = x.cols().next_multiple_of(tile::COLS);
         let has = |precision| linears.iter().any(|linear| linear.precision == precision);
         let kept = if has(ActivationPrecision::F32) { rows * stride } else { 0 };
@@ -117,6 +129,7 @@ impl Compute {
         if has(ActivationPrecision::Int8) {
             self.quantize_rows(x, norm, quantized, facts, threads);
         }
+        self.profile.note(start, || Call::of_rows("norm, quantise", rows));
         Inputs { floats, quantized, rows: facts, stride }
     }
 

@@ -17,6 +17,7 @@ use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
 use crate::arch::{Kernels, Tile};
+use crate::profile::Profile;
 use crate::threads::ThreadPool;
 
 /// Elements (of a ternary product: columns of bands) below which waking other threads costs more
@@ -29,6 +30,7 @@ pub(crate) struct Compute {
     pub(crate) pool: ThreadPool,
     pub(crate) shortcuts: Shortcuts,
     pub(crate) counts: Counts,
+    pub(crate) profile: Profile,
     scratch: Mutex<Scratch>,
 }
 
@@ -112,10 +114,15 @@ fn count(count: &AtomicU64, more: usize) {
 }
 
 impl Compute {
-    pub(crate) fn new(kernels: &'static Kernels, pool: ThreadPool, shortcuts: Shortcuts) -> Self {
+    pub(crate) fn new(
+        kernels: &'static Kernels,
+        pool: ThreadPool,
+        shortcuts: Shortcuts,
+        profile: Profile,
+    ) -> Self {
         let threads = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let scratch = Mutex::new(Scratch { threads, ..Scratch::default() });
-        Compute { kernels, pool, shortcuts, counts: Counts::default(), scratch }
+        Compute { kernels, pool, shortcuts, counts: Counts::default(), profile, scratch }
     }
 
     /// The scratch of the one operation that runs.

@@ -10,6 +10,7 @@ use bitnet_quant::screen::Input;
 use super::{Compute, ThreadScratch, at_least, count, lock};
 use crate::arch::HeadRow;
 use crate::buffer::Buffer;
+use crate::profile::Call;
 use crate::threads::Chunks;
 
 #[derive(Default)]
@@ -74,6 +75,7 @@ impl Compute {
 
     /// Upper bounds of every logit of every pick. Each band of the screen is read from memory once.
     fn upper_bounds(&self, scratch: &mut Scratch, picks: usize, screen: &Screen) {
+        let start = self.profile.start();
         let Scratch { inputs, upper, .. } = scratch;
         let bands = screen.rows().div_ceil(ROWS);
         upper.resize(bands * picks, [0.0; ROWS]);
@@ -81,6 +83,11 @@ impl Compute {
         let inputs = &inputs[..picks];
         self.pool.run(Chunks::new(upper, part * picks), |_, (index, upper)| {
             self.kernels.upper_bounds(screen, index * part, inputs, upper);
+        });
+        self.profile.note(start, || Call {
+            bytes: screen.data().len(),
+            macs: picks * screen.rows() * screen.cols(),
+            ..Call::of_rows("screen of head", picks)
         });
     }
 
@@ -92,6 +99,7 @@ impl Compute {
         threads: &[Mutex<ThreadScratch>],
         candidates: &mut [Candidate],
     ) {
+        let (start, count) = (self.profile.start(), candidates.len());
         let part = candidates.len().div_ceil(self.parts(candidates.len() * state.len())).max(1);
         self.pool.run(Chunks::new(candidates, part), |thread, (_, candidates)| {
             let mut own = lock(&threads[thread]);
@@ -105,6 +113,11 @@ impl Compute {
                 self.kernels.head_row(row, decoded, std::slice::from_mut(&mut candidate.logit));
                 left = rest;
             }
+        });
+        self.profile.note(start, || Call {
+            bytes: count * table.row(0).len(),
+            macs: count * state.len(),
+            ..Call::of_rows("rows of head", 1)
         });
     }
 }

@@ -5,6 +5,7 @@ use bitnet_core::Tensor;
 use super::{Compute, at_least, lock};
 use crate::arch::HeadRow;
 use crate::buffer::Buffer;
+use crate::profile::Call;
 use crate::threads::{Chunks, Strips};
 
 /// Tokens whose inputs stay in the cache while the head's rows pass by.
@@ -12,6 +13,7 @@ const TOKENS: usize = 16;
 
 impl Compute {
     pub(crate) fn embed(&self, table: &Tensor, tokens: &[u32], scale: f32, out: &mut Buffer) {
+        let start = self.profile.start();
         let cols = table.cols();
         let part = tokens.len().div_ceil(self.parts(tokens.len() * cols)).max(1);
         let out = out.shape(tokens.len(), cols);
@@ -22,6 +24,10 @@ impl Compute {
                     out.iter_mut().for_each(|value| *value *= scale);
                 }
             }
+        });
+        self.profile.note(start, || Call {
+            bytes: tokens.len() * table.row(0).len(),
+            ..Call::of_rows("embedding", tokens.len())
         });
     }
 
@@ -39,6 +45,7 @@ impl Compute {
         if picks.is_empty() {
             return;
         }
+        let start = self.profile.start();
         let mut scratch = self.scratch();
         let scratch = &mut *scratch;
         let inputs = at_least(&mut scratch.inputs.floats, picks.len() * cols);
@@ -64,6 +71,11 @@ impl Compute {
                     }
                 }
             }
+        });
+        self.profile.note(start, || Call {
+            bytes: table.data().len(),
+            macs: picks.len() * vocabulary * cols,
+            ..Call::of_rows("head in full", picks.len())
         });
     }
 }
