@@ -1,5 +1,7 @@
 //! [`CpuBackend`]: the memory and the operations of [`Backend`] on the CPU.
 
+use std::sync::Arc;
+
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, GatedFfn, KvLayout, Norm, Scratch,
     Span, gated_ffn_by_parts,
@@ -41,6 +43,7 @@ pub struct CpuOptions {
 pub struct CpuBackend {
     compute: Compute,
     copies: bool,
+    pinned: bool,
 }
 
 impl CpuBackend {
@@ -57,11 +60,11 @@ impl CpuBackend {
                 "{threads} threads were asked for: choose 1 to {MOST_THREADS}"
             )));
         }
-        let pool = ThreadPool::new(threads, options.pinned)
-            .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
+        let pool = pool(threads, options.pinned)?;
         Ok(CpuBackend {
-            compute: Compute::new(kernels, pool, options.shortcuts),
+            compute: Compute::new(kernels, pool, options.shortcuts, Arc::default()),
             copies: options.copies,
+            pinned: options.pinned,
         })
     }
 
@@ -69,6 +72,11 @@ impl CpuBackend {
     pub fn threads(&self) -> usize {
         self.compute.pool.threads()
     }
+}
+
+fn pool(threads: usize, pinned: bool) -> Result<ThreadPool, Error> {
+    ThreadPool::new(threads, pinned)
+        .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))
 }
 
 /// The product of `extents`, if that many elements of `bytes` each can be had.
@@ -100,6 +108,21 @@ impl Backend for CpuBackend {
         let threads = self.threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.compute.kernels.name)
+    }
+
+    /// With as many threads of its own.
+    fn replica(&self) -> Result<Self, Error> {
+        if self.pinned {
+            return Err(unavailable(
+                "threads that are pinned to processors cannot be there twice".to_owned(),
+            ));
+        }
+        let Compute { kernels, shortcuts, counts, .. } = &self.compute;
+        let pool = pool(self.threads(), false)?;
+        Ok(CpuBackend {
+            compute: Compute::new(kernels, pool, *shortcuts, Arc::clone(counts)),
+            ..*self
+        })
     }
 
     fn shortcut_counts(&self) -> ShortcutCounts {

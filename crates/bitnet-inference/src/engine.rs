@@ -19,7 +19,7 @@ use std::time::Instant;
 
 use bitnet_core::backend::{Backend, KvType, Span};
 use bitnet_core::{Error as CoreError, Pick};
-use bitnet_model::decoder::{Decoder, Step, Workspace};
+use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
@@ -208,7 +208,7 @@ impl Engine {
 
         let (mailbox, inbox) = channel();
         let step_loop = StepLoop {
-            kv: decoder.backend().kv_allocate(layout, blocks)?,
+            kv: decoder.kv_allocate(layout, blocks)?,
             workspace: decoder.workspace(step_tokens, PICKS)?,
             scheduler: Scheduler::new(
                 KvCache::new(block_tokens, blocks, prefix_reuse),
@@ -347,7 +347,7 @@ struct StepLoop<B: Backend> {
     /// Dropped before the streams' ends: who hears that the thread has ended is refused from then on.
     inbox: Receiver<Message>,
     decoder: Arc<Decoder<B>>,
-    kv: B::Kv,
+    kv: Kv<B>,
     workspace: Workspace<B>,
     scheduler: Scheduler<Active>,
     statistics: EngineStatistics,
@@ -431,7 +431,7 @@ impl<B: Backend> StepLoop<B> {
 
     /// Computes the step that was put together.
     fn step(&mut self) -> Result<(), CoreError> {
-        self.forward();
+        self.forward()?;
         self.want();
         let screened = self.select()?;
         for index in 0..self.wanted.len() {
@@ -461,9 +461,9 @@ impl<B: Backend> StepLoop<B> {
     }
 
     /// Runs the decoder over all sequences of the step.
-    fn forward(&mut self) {
+    fn forward(&mut self) -> Result<(), CoreError> {
         let Self { decoder, kv, workspace, scheduler, tokens, statistics, .. } = self;
-        decoder.backend().kv_copy(kv, scheduler.copies());
+        decoder.kv_copy(kv, scheduler.copies());
         tokens.clear();
         let mut spans: Vec<Span<'_>> = emptied(std::mem::take(&mut self.spans));
         for &Work { slot, position, count } in scheduler.batch() {
@@ -472,11 +472,12 @@ impl<B: Backend> StepLoop<B> {
             tokens.extend_from_slice(&sequence.tokens()[position..position + count]);
             spans.push(Span { rows: start..tokens.len(), position, blocks: sequence.blocks() });
         }
-        decoder.forward(&Step { tokens, spans: &spans }, kv, workspace);
+        decoder.forward(&Step { tokens, spans: &spans }, kv, workspace)?;
         self.spans = emptied(spans);
         statistics.steps += 1;
         statistics.computed_tokens += tokens.len() as u64;
         scheduler.complete();
+        Ok(())
     }
 
     /// Notes which rows get a token, in the order of their slots.

@@ -10,7 +10,7 @@ mod table;
 pub(crate) use ffn::Ffn;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitnet_core::{ShortcutCounts, Shortcuts};
 use bitnet_quant::activation::QuantizedRow;
@@ -28,7 +28,8 @@ pub(crate) struct Compute {
     pub(crate) kernels: &'static Kernels,
     pub(crate) pool: ThreadPool,
     pub(crate) shortcuts: Shortcuts,
-    pub(crate) counts: Counts,
+    /// Shared by replicas.
+    pub(crate) counts: Arc<Counts>,
     scratch: Mutex<Scratch>,
 }
 
@@ -112,10 +113,15 @@ fn count(count: &AtomicU64, more: usize) {
 }
 
 impl Compute {
-    pub(crate) fn new(kernels: &'static Kernels, pool: ThreadPool, shortcuts: Shortcuts) -> Self {
+    pub(crate) fn new(
+        kernels: &'static Kernels,
+        pool: ThreadPool,
+        shortcuts: Shortcuts,
+        counts: Arc<Counts>,
+    ) -> Self {
         let threads = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let scratch = Mutex::new(Scratch { threads, ..Scratch::default() });
-        Compute { kernels, pool, shortcuts, counts: Counts::default(), scratch }
+        Compute { kernels, pool, shortcuts, counts, scratch }
     }
 
     /// The scratch of the one operation that runs.

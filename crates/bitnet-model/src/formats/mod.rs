@@ -14,6 +14,7 @@ pub mod safetensors;
 mod zip;
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 
 use bitnet_core::Tensor;
@@ -82,6 +83,17 @@ impl Tensors {
         self.files.iter().rposition(|file| file == path).unwrap_or_else(|| {
             self.files.push(path.to_owned());
             self.files.len() - 1
+        })
+    }
+
+    /// How many tensors have names that begin with `prefix`, and the bytes of those that can be
+    /// used.
+    pub fn size(&self, prefix: &str) -> (usize, u64) {
+        let entries = self.entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        let entries = entries.take_while(|(name, _)| name.starts_with(prefix));
+        entries.fold((0, 0), |(count, bytes), (_, entry)| {
+            let more = entry.tensor.as_ref().map_or(0, |tensor| tensor.data().len() as u64);
+            (count + 1, bytes + more)
         })
     }
 
