@@ -1,5 +1,7 @@
 //! Errors of running a model: one sentence each.
 
+use std::path::PathBuf;
+
 use crate::sampler::{InvalidParameter, SampleError};
 use crate::scheduler::QueueFull;
 use crate::stop::EmptyStopString;
@@ -86,6 +88,18 @@ pub enum Error {
     /// A conversation that the model's template does not take.
     #[error(transparent)]
     Chat(#[from] bitnet_model::chat::ChatError),
+    /// A model whose weights cannot be used as they lie in its file.
+    #[error(
+        "{}: {format} weights are not laid out for use in place: make a .bitnet file with \
+         `bitnet convert`, or load the model without asking for a mapped one",
+        path.display()
+    )]
+    NotMapped {
+        /// The model.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
     /// The model makes no embeddings, or makes nothing else.
     #[error("{0}")]
     WrongKind(String),

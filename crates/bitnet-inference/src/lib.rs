@@ -19,9 +19,10 @@ pub mod stop;
 mod stream;
 mod transcript;
 
-pub use bitnet_core::Device;
 pub use bitnet_core::backend::KvType;
+pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
+pub use bitnet_model::weights::LoadProgress;
 pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;

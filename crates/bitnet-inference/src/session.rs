@@ -1,9 +1,10 @@
 //! One sequence with its own keys and values: the bare decoder behind a trivial block table.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitnet_core::backend::{Backend, KvType, Span};
-use bitnet_core::{Error as CoreError, Pick, ShortcutCounts};
+use bitnet_core::{Error as CoreError, Pick, ShortcutCounts, WeightBytes};
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 
@@ -42,6 +43,8 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn vocab_size(&self) -> usize;
     fn backend_name(&self) -> String;
     fn shortcut_counts(&self) -> ShortcutCounts;
+    fn weight_bytes(&self) -> WeightBytes;
+    fn stages(&self) -> &[Range<usize>];
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
     fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
 }
@@ -62,6 +65,14 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
 
     fn shortcut_counts(&self) -> ShortcutCounts {
         self.backends().iter().map(B::shortcut_counts).sum()
+    }
+
+    fn weight_bytes(&self) -> WeightBytes {
+        Decoder::weight_bytes(self)
+    }
+
+    fn stages(&self) -> &[Range<usize>] {
+        Decoder::stages(self)
     }
 
     fn session(&self, options: SessionOptions) -> Result<Session, Error> {
