@@ -492,7 +492,7 @@ impl Loaded {
             engine: model.engine(options)?,
             model: Arc::new(model),
             processors: builder.processors.clone(),
-            at_once: options.max_sequences,
+            at_once: options.max_sequences * options.replicas,
         })
     }
 
