@@ -474,7 +474,7 @@ impl InferenceEngine {
 }
 
 /// Refuses models that make no text.
-fn must_generate(description: &Description) -> Result<(), Error> {
+pub(crate) fn must_generate(description: &Description) -> Result<(), Error> {
     if description.config.pooling.is_some() {
         return Err(Error::WrongKind(format!(
             "{} makes embeddings and does not write text: choose another model",

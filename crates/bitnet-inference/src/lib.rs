@@ -10,6 +10,7 @@ pub mod inference_engine;
 pub mod inference_stream;
 mod kv_cache;
 pub mod model;
+pub mod model_cache;
 pub mod random;
 pub mod request;
 pub mod sampler;
@@ -31,6 +32,7 @@ pub use inference_engine::{Answer, GenerationParams, InferenceEngine, quick_infe
 pub use inference_stream::{InferenceStream, StreamEvent, StreamingConfig};
 pub use kv_cache::KvStatistics;
 pub use model::{Model, ModelOptions, device_reason};
+pub use model_cache::{CacheStatistics, ModelCache};
 pub use request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
 pub use sampler::SamplingParams;
 pub use scheduler::QueueFull;
