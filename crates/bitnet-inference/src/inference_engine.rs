@@ -613,3 +613,25 @@ pub fn smart_infer(model: &str, prompts: &[&str]) -> Result<Vec<String>, Error> 
     let texts = generations.map(|(_, generation)| generation.map(|generation| generation.text));
     block_on(texts.try_collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waited_for_a_lazy_model_does_not_load_it_again() {
+        let builder = InferenceEngine::builder().threads(1);
+        let lazy = Lazy::new("no such file");
+        let turn = lazy.turn.lock().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| lazy.get(&builder).is_ok());
+            std::thread::sleep(Duration::from_millis(20));
+            let model = Model::open("tiny", &builder.model_options()).unwrap();
+            let set = lazy.loaded.set(Loaded::new(&builder, model).unwrap());
+            assert!(set.is_ok());
+            drop(turn);
+            assert!(waiting.join().unwrap());
+        });
+        assert!(Lazy::new("no such file").get(&builder).is_err());
+    }
+}

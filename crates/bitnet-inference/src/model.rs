@@ -264,7 +264,7 @@ impl Model {
         self.decoder.session(options)
     }
 
-    /// An engine that runs many requests on this model at once, on a thread of its own.
+    /// An engine that runs many requests on this model at once, on threads of its own.
     ///
     /// # Errors
     /// If its memory is not there, or an option has a number that no engine can have.

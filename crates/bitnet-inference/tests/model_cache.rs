@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
 
 use bitnet_inference::{
     CacheStatistics, Error, GenerationParams, InferenceEngine, MemorySize, Model, ModelCache,
@@ -164,8 +163,12 @@ fn what_runs_on_a_model_that_is_swapped_ends_there_and_then_its_memory_is_free()
     assert_eq!((models, loaded, retired, bytes), (0, 0, 0, 0));
 }
 
+// Elsewhere a file that is mapped cannot be replaced.
+#[cfg(unix)]
 #[test]
 fn a_file_that_was_replaced_is_loaded_anew_and_one_that_is_gone_is_not_missed() {
+    use std::time::{Duration, SystemTime};
+
     let files = Files::new();
     let path = files.copy(&files.story, "m.bitnet");
     let cache = cache(1 << 30);
@@ -224,7 +227,8 @@ fn many_threads_get_what_they_ask_for_and_the_budget_holds() {
     let models = [&files.story, &files.other];
     let expected = models.map(|path| logits(path));
     let largest = bytes(&files.story).max(bytes(&files.other));
-    let budget = 3 * largest;
+    // Too little for all of them.
+    let budget = 2 * largest;
     let cache = cache(budget);
     // Of the story model, of the other one, and of either.
     for (name, model) in [("story", 0), ("other", 1), ("either", 0), ("comes and goes", 1)] {
@@ -269,10 +273,17 @@ fn many_threads_get_what_they_ask_for_and_the_budget_holds() {
             });
         }
     });
-    let statistics = cache.statistics();
-    println!("{statistics:?}");
-    assert!(statistics.hits > 0 && statistics.evictions > 0 && statistics.swaps > 0);
-    assert_eq!(statistics.retired, 0);
+    println!("{:?}", cache.statistics());
+    assert_eq!(cache.statistics().retired, 0);
+    // When all is quiet everybody finds room.
+    cache.insert("comes and goes", text(&files.story));
+    cache.swap("either", text(&files.story)).unwrap();
+    for name in ["story", "other", "either", "comes and goes", "comes and goes"] {
+        let logits = cache.get(name).unwrap().infer(&TOKENS).wait().unwrap();
+        assert!(allowed(name, &logits), "{name}");
+    }
+    let CacheStatistics { hits, evictions, swaps, bytes, .. } = cache.statistics();
+    assert!(hits > 0 && evictions > 0 && swaps > 0 && bytes <= budget);
     for name in ["story", "other", "either", "comes and goes"] {
         cache.remove(name);
     }

@@ -9,7 +9,7 @@ pub mod decoder;
 pub mod error;
 pub mod formats;
 mod known;
-pub mod pipeline;
+mod pipeline;
 pub mod shapes;
 pub mod source;
 pub mod tokenizer;

@@ -8,7 +8,7 @@ use std::ops::Range;
 ///
 /// # Panics
 /// If there are no stages, or more of them than layers.
-pub fn cut(layers: &[u64], first: u64, last: u64, stages: usize) -> Vec<Range<usize>> {
+pub(crate) fn cut(layers: &[u64], first: u64, last: u64, stages: usize) -> Vec<Range<usize>> {
     assert!((1..=layers.len()).contains(&stages), "{stages} stages of {} layers", layers.len());
     let all = layers.iter().fold(first.saturating_add(last), |sum, &n| sum.saturating_add(n));
     let (mut too_little, mut enough) = (0, all);

@@ -73,6 +73,9 @@ fn blocks_are_copied_in_every_stage() {
     };
     run(&mut kv, &[5; 16], 0, &[0]);
     let expected = run(&mut kv, &[9], 16, &[0, 1]);
+    // What one stage gives in one step.
+    let ids = [&[5; 16][..], &[9]].concat();
+    assert!(all_logits(&load(cpu(), &tiny_model()), &ids).pop().unwrap() == expected);
     decoder.kv_copy(&mut kv, &[(0, 2)]);
     assert!(run(&mut kv, &[9], 16, &[2, 3]) == expected);
     let mut other = decoder.kv_allocate(layout, 3).unwrap();

@@ -226,6 +226,20 @@ mod tests {
     }
 
     #[test]
+    fn sizes_are_those_of_all_names_with_a_prefix() {
+        let mut tensors = Tensors::default();
+        for (name, len) in [("a.1", 1), ("a.1.x", 2), ("a.10", 4), ("b", 8)] {
+            let tensor = Tensor::from_f32(vec![len], &vec![0.0; len]);
+            tensors.insert(Path::new("f"), name.into(), Ok(tensor)).unwrap();
+        }
+        tensors.insert(Path::new("f"), "a.1.y".into(), Err("has type X".into())).unwrap();
+        assert_eq!(tensors.size(""), (5, 4 * 15));
+        assert_eq!(tensors.size("a.1"), (4, 4 * 7));
+        assert_eq!(tensors.size("a.1."), (2, 4 * 2));
+        assert_eq!(tensors.size("c"), (0, 0));
+    }
+
+    #[test]
     fn an_unusable_tensor_is_an_error_only_when_it_is_asked_for() {
         let mut tensors = Tensors::default();
         tensors.insert(Path::new("f"), "w".into(), Err("has type X".into())).unwrap();

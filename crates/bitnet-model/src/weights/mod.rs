@@ -72,8 +72,8 @@ pub fn load<B: Backend>(
     load_stages(vec![backend], path, config, tensors, options, notes, progress)
 }
 
-/// As [`load`], in as many stages as there are backends, [cut](pipeline::cut) by the bytes of the
-/// layers, the tables and the screen. `progress` is called on this thread after each layer and when
+/// As [`load`], in as many stages as there are backends, such that the fullest stage holds as few
+/// bytes of layers, tables and screen as can be. `progress` is called on this thread after each layer and when
 /// everything is done, and can end the loading.
 ///
 /// # Errors
