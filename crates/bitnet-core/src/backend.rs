@@ -12,6 +12,7 @@
 use std::ops::Range;
 
 use crate::error::Error;
+use crate::mmap::WeightBytes;
 use crate::profile::OperationProfile;
 use crate::screen::{Candidate, Pick, Screen};
 use crate::shortcuts::ShortcutCounts;
@@ -111,6 +112,37 @@ pub struct AttentionShape {
     pub window: Option<usize>,
 }
 
+/// A loaded weight, which takes memory.
+pub trait Weigh {
+    /// How much it takes.
+    fn weight_bytes(&self) -> WeightBytes;
+}
+
+impl Weigh for Vec<f32> {
+    fn weight_bytes(&self) -> WeightBytes {
+        WeightBytes { mapped: 0, own: size_of_val(&self[..]) as u64 }
+    }
+}
+
+impl Weigh for Tensor {
+    fn weight_bytes(&self) -> WeightBytes {
+        WeightBytes::of(self.data())
+    }
+}
+
+/// What a backend does without.
+impl Weigh for () {
+    fn weight_bytes(&self) -> WeightBytes {
+        WeightBytes::default()
+    }
+}
+
+impl Weigh for Screen {
+    fn weight_bytes(&self) -> WeightBytes {
+        WeightBytes::of(self.data())
+    }
+}
+
 /// An RMSNorm: weight and epsilon.
 pub struct Norm<B: Backend> {
     /// Weight, one per element.
@@ -126,6 +158,19 @@ pub struct BitLinear<B: Backend> {
     /// Norm of this layer's own input (`use_rms_norm` in Falcon-E, `*_norm_in` in embedding
     /// models), applied after any shared norm.
     pub norm: Option<Norm<B>>,
+}
+
+impl<B: Backend> Weigh for Norm<B> {
+    fn weight_bytes(&self) -> WeightBytes {
+        self.weight.weight_bytes()
+    }
+}
+
+impl<B: Backend> Weigh for BitLinear<B> {
+    fn weight_bytes(&self) -> WeightBytes {
+        let norm = self.norm.iter().map(Norm::weight_bytes);
+        norm.chain([self.weight.weight_bytes()]).sum()
+    }
 }
 
 /// A gated feed-forward network: `down(sub_norm(activation(gate(x)) * up(x)))`.
@@ -164,18 +209,24 @@ pub trait Backend: Send + Sync + Sized + 'static {
     /// f32 activations.
     type Buffer: Send;
     /// A loaded f32 vector: the weight of a norm.
-    type Vector: Send + Sync;
+    type Vector: Weigh + Send + Sync;
     /// A loaded ternary matrix in the layout of this backend's kernels.
-    type Linear: Send + Sync;
+    type Linear: Weigh + Send + Sync;
     /// A loaded embedding or output-head matrix `[vocabulary, hidden]`, stored as in the file.
-    type Table: Send + Sync;
+    type Table: Weigh + Send + Sync;
     /// A loaded reduced-precision copy of an output head.
-    type Screen: Send + Sync;
+    type Screen: Weigh + Send + Sync;
     /// Key/value blocks.
     type Kv: Send;
 
     /// Name for people, for instance `cpu (avx2, 2 threads)`.
     fn name(&self) -> String;
+    /// Another backend on the same device, which computes at the same time as this one, with the
+    /// weights that this one loaded. Shortcuts are counted together.
+    ///
+    /// # Errors
+    /// If the device cannot serve two at once.
+    fn replica(&self) -> Result<Self, Error>;
     /// What shortcuts have saved so far; all zero for a backend that takes none.
     fn shortcut_counts(&self) -> ShortcutCounts {
         ShortcutCounts::default()

@@ -21,6 +21,7 @@ pub mod ternary;
 pub use device::Device;
 pub use dtype::DType;
 pub use error::Error;
+pub use mmap::WeightBytes;
 pub use profile::OperationProfile;
 pub use screen::{Candidate, Keep, Pick, Screen};
 pub use shortcuts::{ShortcutCounts, Shortcuts};

@@ -20,3 +20,26 @@ pub struct OperationProfile {
     /// Multiply-adds with weights, keys and values, without those that shortcuts left out.
     pub macs: u64,
 }
+
+impl OperationProfile {
+    /// Adds calls to those of their kind, or after all others if they are the first.
+    pub fn add_to(self, all: &mut Vec<OperationProfile>) {
+        let kind = |profile: &OperationProfile| (profile.name, profile.shape, profile.single_row);
+        match all.iter_mut().find(|other| kind(other) == kind(&self)) {
+            None => all.push(self),
+            Some(other) => {
+                other.calls += self.calls;
+                other.time += self.time;
+                other.bytes += self.bytes;
+                other.macs += self.macs;
+            }
+        }
+    }
+
+    /// Several profiles, such as those of the stages of a pipeline, as one.
+    pub fn merged(profiles: impl IntoIterator<Item = OperationProfile>) -> Vec<OperationProfile> {
+        let mut all = Vec::new();
+        profiles.into_iter().for_each(|profile| profile.add_to(&mut all));
+        all
+    }
+}

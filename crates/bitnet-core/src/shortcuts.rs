@@ -1,6 +1,7 @@
 //! Exact shortcuts: which may be taken, and how much those of a backend saved. None of them changes
 //! a bit of a result.
 
+use std::iter::Sum;
 use std::str::FromStr;
 
 /// Which exact shortcuts may be taken.
@@ -90,6 +91,19 @@ pub struct ShortcutCounts {
     pub head_rows: u64,
     /// Of those, rows that could still win and were computed in full.
     pub head_rows_rescored: u64,
+}
+
+impl Sum for ShortcutCounts {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(ShortcutCounts::default(), |sum, more| ShortcutCounts {
+            up_rows: sum.up_rows + more.up_rows,
+            up_rows_skipped: sum.up_rows_skipped + more.up_rows_skipped,
+            down_columns: sum.down_columns + more.down_columns,
+            down_columns_skipped: sum.down_columns_skipped + more.down_columns_skipped,
+            head_rows: sum.head_rows + more.head_rows,
+            head_rows_rescored: sum.head_rows_rescored + more.head_rows_rescored,
+        })
+    }
 }
 
 #[cfg(test)]

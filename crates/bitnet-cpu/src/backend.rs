@@ -1,5 +1,7 @@
 //! [`CpuBackend`]: the memory and the operations of [`Backend`] on the CPU.
 
+use std::sync::Arc;
+
 use bitnet_core::backend::{
     Activation, ActivationPrecision, AttentionShape, Backend, GatedFfn, KvLayout, Norm, Scratch,
     Span, gated_ffn_by_parts,
@@ -44,6 +46,7 @@ pub struct CpuOptions {
 pub struct CpuBackend {
     compute: Compute,
     copies: bool,
+    pinned: bool,
 }
 
 impl CpuBackend {
@@ -60,11 +63,17 @@ impl CpuBackend {
                 "{threads} threads were asked for: choose 1 to {MOST_THREADS}"
             )));
         }
-        let pool = ThreadPool::new(threads, options.pinned)
-            .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))?;
+        let pool = pool(threads, options.pinned)?;
         Ok(CpuBackend {
-            compute: Compute::new(kernels, pool, options.shortcuts, Profile::new(options.profile)),
+            compute: Compute::new(
+                kernels,
+                pool,
+                options.shortcuts,
+                Arc::default(),
+                Arc::new(Profile::new(options.profile)),
+            ),
             copies: options.copies,
+            pinned: options.pinned,
         })
     }
 
@@ -72,6 +81,11 @@ impl CpuBackend {
     pub fn threads(&self) -> usize {
         self.compute.pool.threads()
     }
+}
+
+fn pool(threads: usize, pinned: bool) -> Result<ThreadPool, Error> {
+    ThreadPool::new(threads, pinned)
+        .map_err(|error| unavailable(format!("cannot start {threads} threads: {error}")))
 }
 
 /// The product of `extents`, if that many elements of `bytes` each can be had.
@@ -103,6 +117,22 @@ impl Backend for CpuBackend {
         let threads = self.threads();
         let plural = if threads == 1 { "" } else { "s" };
         format!("cpu ({}, {threads} thread{plural})", self.compute.kernels.name)
+    }
+
+    /// With as many threads of its own.
+    fn replica(&self) -> Result<Self, Error> {
+        if self.pinned {
+            return Err(unavailable(
+                "threads that are pinned to processors cannot be there twice".to_owned(),
+            ));
+        }
+        let Compute { kernels, shortcuts, counts, profile, .. } = &self.compute;
+        let pool = pool(self.threads(), false)?;
+        let (counts, profile) = (Arc::clone(counts), Arc::clone(profile));
+        Ok(CpuBackend {
+            compute: Compute::new(kernels, pool, *shortcuts, counts, profile),
+            ..*self
+        })
     }
 
     fn shortcut_counts(&self) -> ShortcutCounts {

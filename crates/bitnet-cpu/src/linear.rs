@@ -1,7 +1,7 @@
 //! A ternary matrix as the kernels want it.
 
-use bitnet_core::backend::ActivationPrecision;
-use bitnet_core::{DType, Error, TileOrder, TiledMatrix, WeightScale};
+use bitnet_core::backend::{ActivationPrecision, Weigh};
+use bitnet_core::{DType, Error, TileOrder, TiledMatrix, WeightBytes, WeightScale};
 use bitnet_quant::packing::tile;
 use bytes::Bytes;
 
@@ -37,6 +37,18 @@ pub(crate) enum Scale {
         len: usize,
         values: Vec<[f32; tile::ROWS]>,
     },
+}
+
+impl Weigh for Linear {
+    fn weight_bytes(&self) -> WeightBytes {
+        let scales = match &self.scale {
+            Scale::Multiply(_) | Scale::Divide(_) => 0,
+            Scale::Rows(values) | Scale::Groups { values, .. } => size_of_val(&values[..]),
+        };
+        let scales = WeightBytes { mapped: 0, own: scales as u64 };
+        let copies = [Some(&self.tiles), self.columns.as_ref()].into_iter().flatten();
+        copies.map(|bytes| WeightBytes::of(bytes)).chain([scales]).sum()
+    }
 }
 
 impl Linear {

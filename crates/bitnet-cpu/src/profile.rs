@@ -1,7 +1,7 @@
 //! The books of what each operation costs.
 
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use bitnet_core::OperationProfile;
 
@@ -43,28 +43,16 @@ impl Profile {
         let (Some(start), Some(books)) = (start, &self.0) else { return };
         let time = start.elapsed();
         let Call { name, shape, rows, bytes, macs } = call();
-        let single_row = rows == 1;
-        let mut books = books.lock().unwrap_or_else(PoisonError::into_inner);
-        let same = |other: &OperationProfile| {
-            (other.name, other.shape, other.single_row) == (name, shape, single_row)
+        let call = OperationProfile {
+            name,
+            shape,
+            single_row: rows == 1,
+            calls: 1,
+            time,
+            bytes: bytes as u64,
+            macs: macs as u64,
         };
-        let place = books.iter().position(same).unwrap_or_else(|| {
-            books.push(OperationProfile {
-                name,
-                shape,
-                single_row,
-                calls: 0,
-                time: Duration::ZERO,
-                bytes: 0,
-                macs: 0,
-            });
-            books.len() - 1
-        });
-        let entry = &mut books[place];
-        entry.calls += 1;
-        entry.time += time;
-        entry.bytes += bytes as u64;
-        entry.macs += macs as u64;
+        call.add_to(&mut books.lock().unwrap_or_else(PoisonError::into_inner));
     }
 
     /// The costs so far.

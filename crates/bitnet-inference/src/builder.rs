@@ -4,6 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use bitnet_core::backend::KvType;
+use bitnet_core::machine::physical_cores;
 use bitnet_core::{Device, Shortcuts, budget};
 use bitnet_cpu::Isa;
 
@@ -126,13 +127,21 @@ impl InferenceEngineBuilder {
         self
     }
 
-    /// Threads that compute; one per physical core, unless it is said.
+    /// Threads that compute, for each replica; unless it is said, the physical cores are shared out
+    /// among the replicas.
     pub fn threads(mut self, threads: usize) -> Self {
         self.threads = Some(threads);
         self
     }
 
-    /// Requests that run at once; more wait.
+    /// Copies of the engine that work at the same time, each with threads and keys and values of its
+    /// own, on the same weights; 1, unless it is said. A request goes to the one that has the fewest.
+    pub fn replicas(mut self, replicas: usize) -> Self {
+        self.options.replicas = replicas;
+        self
+    }
+
+    /// Requests that run at once on each replica; more wait.
     pub fn max_batch_size(mut self, requests: usize) -> Self {
         self.options.max_sequences = requests;
         self
@@ -203,9 +212,11 @@ impl InferenceEngineBuilder {
     pub(crate) fn model_options(&self) -> ModelOptions {
         let isa = (self.optimization == OptimizationLevel::None).then_some(Isa::Scalar);
         let aggressive = self.optimization == OptimizationLevel::Aggressive;
+        let replicas = self.options.replicas;
+        let share = (replicas > 1).then(|| (physical_cores() / replicas).max(1));
         ModelOptions {
             device: self.device,
-            threads: self.threads,
+            threads: self.threads.or(share),
             isa,
             shortcuts: if aggressive { None } else { Some(Shortcuts::NONE) },
             copies: self.copies && aggressive,

@@ -11,6 +11,7 @@
 
 use std::any::Any;
 use std::collections::BTreeSet;
+use std::iter::Sum;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
@@ -19,7 +20,7 @@ use std::time::Instant;
 
 use bitnet_core::backend::{Backend, KvType, Span};
 use bitnet_core::{Error as CoreError, Pick};
-use bitnet_model::decoder::{Decoder, Step, Workspace};
+use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
@@ -33,13 +34,17 @@ use crate::stream::{EventSender, TokenStream};
 /// How an engine is set up. None of these changes a token, but the KV type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct EngineOptions {
-    /// Sequences that run at once.
+    /// Step loops, each with the model's number of threads, and keys and values of its own. They
+    /// share the weights. A request goes to the one that has the fewest.
+    pub replicas: usize,
+    /// Sequences that run at once on each replica.
     pub max_sequences: usize,
     /// Most tokens per step, or one for each sequence if that is more.
     pub step_tokens: usize,
-    /// Requests that may wait besides those that run.
+    /// Requests that may wait, at all replicas together, besides those that run.
     pub queue: usize,
-    /// Most bytes of keys and values. Storage that was never used takes none.
+    /// Most bytes of keys and values, of which each replica has an equal part. Storage that was
+    /// never used takes none.
     pub kv_bytes: u64,
     /// Storage of keys and values.
     pub kv_type: KvType,
@@ -50,6 +55,7 @@ pub struct EngineOptions {
 impl Default for EngineOptions {
     fn default() -> Self {
         EngineOptions {
+            replicas: 1,
             max_sequences: 16,
             step_tokens: DEFAULT_CHUNK,
             queue: 256,
@@ -65,6 +71,7 @@ impl EngineOptions {
     /// step looks at every place, so that a slip of a few digits must not take all memory and time.
     pub(crate) fn validate(&self) -> Result<(), InvalidParameter> {
         for (name, value, possible, allowed) in [
+            ("the number of replicas", self.replicas, 1..=64, "1 to 64"),
             ("the number of requests that run at once", self.max_sequences, 1..=4096, "1 to 4096"),
             ("the number of tokens per step", self.step_tokens, 1..=65_536, "1 to 65536"),
             ("the number of requests that may wait", self.queue, 0..=10_000, "0 to 10000"),
@@ -97,7 +104,21 @@ pub struct EngineStatistics {
     pub kv: KvStatistics,
 }
 
-/// Runs requests on one model. Clones share the same engine; its thread ends with the last of them
+impl Sum for EngineStatistics {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(EngineStatistics::default(), |sum, more| EngineStatistics {
+            running: sum.running + more.running,
+            waiting: sum.waiting + more.waiting,
+            steps: sum.steps + more.steps,
+            computed_tokens: sum.computed_tokens + more.computed_tokens,
+            output_tokens: sum.output_tokens + more.output_tokens,
+            preemptions: sum.preemptions + more.preemptions,
+            kv: [sum.kv, more.kv].into_iter().sum(),
+        })
+    }
+}
+
+/// Runs requests on one model. Clones share the same engine; its threads end with the last of them
 /// and of their streams.
 #[derive(Clone)]
 pub struct Engine {
@@ -105,14 +126,19 @@ pub struct Engine {
 }
 
 struct Handle {
-    /// `None` once the thread is to end.
-    mailbox: Option<Sender<Message>>,
-    thread: Option<JoinHandle<()>>,
+    replicas: Vec<Replica>,
     places: Arc<Places>,
     /// Length of the context and size of the vocabulary.
     limits: (usize, usize),
-    /// Tokens whose keys and values fit the budget.
+    /// Tokens whose keys and values fit the budget of one replica.
     kv_tokens: usize,
+}
+
+/// One of the engine's step loops.
+struct Replica {
+    /// `None` once the thread is to end.
+    mailbox: Option<Sender<Message>>,
+    thread: JoinHandle<()>,
 }
 
 enum Message {
@@ -187,7 +213,7 @@ fn message(panic: &(dyn Any + Send)) -> String {
 }
 
 impl Engine {
-    /// Starts an engine on a thread of its own. With `prefix_reuse`, a prefix that was computed for
+    /// Starts an engine on threads of its own. With `prefix_reuse`, a prefix that was computed for
     /// one request serves others.
     pub(crate) fn start<B: Backend>(
         decoder: Arc<Decoder<B>>,
@@ -195,53 +221,38 @@ impl Engine {
         prefix_reuse: bool,
     ) -> Result<Self, Error> {
         options.validate()?;
-        let EngineOptions { max_sequences, block_tokens, .. } = options;
-        let step_tokens = options.step_tokens.max(max_sequences);
+        let EngineOptions { replicas, max_sequences, block_tokens, .. } = options;
         let context_length = decoder.config().context_length;
-        let layout = decoder.kv_layout(options.kv_type, block_tokens);
         // More than all running sequences can ever fill would only be a larger memory of prefixes.
         let useful = max_sequences * context_length.div_ceil(block_tokens);
-        let affordable = options.kv_bytes / layout.block_bytes() as u64;
+        let block_bytes = decoder.kv_layout(options.kv_type, block_tokens).block_bytes();
+        let affordable = options.kv_bytes / replicas as u64 / block_bytes as u64;
         let blocks = usize::try_from(affordable).unwrap_or(usize::MAX).min(useful);
-        let places = max_sequences + options.queue;
-        let vocab_size = decoder.vocab_size();
+        let places = replicas * max_sequences + options.queue;
 
-        let (mailbox, inbox) = channel();
-        let step_loop = StepLoop {
-            kv: decoder.backend().kv_allocate(layout, blocks)?,
-            workspace: decoder.workspace(step_tokens, PICKS)?,
-            scheduler: Scheduler::new(
-                KvCache::new(block_tokens, blocks, prefix_reuse),
-                Limits { max_sequences, step_tokens },
-                places,
-            ),
-            inbox,
-            statistics: EngineStatistics::default(),
-            tokens: Vec::with_capacity(step_tokens),
-            spans: Vec::with_capacity(max_sequences),
-            wanted: Vec::with_capacity(max_sequences),
-            picks: Vec::with_capacity(max_sequences),
-            rows: Vec::with_capacity(PICKS),
-            selected: (0..max_sequences).map(|_| Vec::with_capacity(vocab_size)).collect(),
-            logits: Vec::with_capacity(PICKS * vocab_size),
-            candidates: Candidates::with_capacity(vocab_size),
-            decoder,
+        let mut handle = Handle {
+            replicas: Vec::with_capacity(replicas),
+            places: Places::new(places, replicas),
+            limits: (context_length, decoder.vocab_size()),
+            kv_tokens: blocks * block_tokens,
         };
-        let thread = thread::Builder::new()
-            .name("bitnet-engine".to_owned())
-            .spawn(move || step_loop.run())
-            .map_err(|error| Error::EngineStopped {
-                reason: format!("its thread cannot be started: {error}"),
-            })?;
-        Ok(Engine {
-            handle: Arc::new(Handle {
-                mailbox: Some(mailbox),
-                thread: Some(thread),
-                places: Places::new(places),
-                limits: (context_length, vocab_size),
-                kv_tokens: blocks * block_tokens,
-            }),
-        })
+        for replica in 0..replicas {
+            let decoder = match replica {
+                0 => Arc::clone(&decoder),
+                _ => Arc::new(decoder.replica()?),
+            };
+            let cache = KvCache::new(block_tokens, blocks, prefix_reuse);
+            let (mailbox, inbox) = channel();
+            let step_loop = StepLoop::new(decoder, &options, cache, places, inbox)?;
+            let thread = thread::Builder::new()
+                .name("bitnet-engine".to_owned())
+                .spawn(move || step_loop.run())
+                .map_err(|error| Error::EngineStopped {
+                    reason: format!("its thread cannot be started: {error}"),
+                })?;
+            handle.replicas.push(Replica { mailbox: Some(mailbox), thread });
+        }
+        Ok(Engine { handle: Arc::new(handle) })
     }
 
     /// Submits a request. Its tokens are the same whatever else is running.
@@ -263,8 +274,11 @@ impl Engine {
             return Err(Error::KvBudget { needed: most_tokens, room: self.handle.kv_tokens });
         }
         sampler.reserve(most_tokens);
-        let place = self.handle.places.enter()?;
-        let (mut events, stream) = TokenStream::new(self.clone(), buffer.min(most_output_tokens));
+        let ended = |replica: usize| self.handle.replicas[replica].thread.is_finished();
+        let place = self.handle.places.enter(ended)?;
+        let replica = place.replica();
+        let (mut events, stream) =
+            TokenStream::new(self.clone(), replica, buffer.min(most_output_tokens));
         let prompt_tokens = prompt.len();
         if most_output_tokens == 0 {
             let usage = Usage { prompt_tokens, reused_tokens: 0, output_tokens: 0 };
@@ -281,38 +295,37 @@ impl Engine {
             events,
         };
         let standing = Standing { priority, client, deadline };
-        self.send(Message::Submit(Box::new(Submission {
-            active,
-            tokens: prompt,
-            most_tokens,
-            standing,
-        })))?;
+        let submission = Submission { active, tokens: prompt, most_tokens, standing };
+        self.send(replica, Message::Submit(Box::new(submission)))?;
         Ok(stream)
     }
 
-    /// What the engine has done until now.
+    /// What the engine has done until now, all replicas together.
     ///
     /// # Errors
-    /// If the engine has stopped.
+    /// If the engine has stopped, or one of its replicas.
     pub fn statistics(&self) -> Result<EngineStatistics, Error> {
+        let replicas = self.handle.replicas.len();
         let (answer, answers) = channel();
-        self.send(Message::Statistics(answer))?;
-        answers.recv().map_err(|_| stopped())
+        for replica in 0..replicas {
+            self.send(replica, Message::Statistics(answer.clone()))?;
+        }
+        drop(answer);
+        let all: Vec<EngineStatistics> = answers.iter().collect();
+        if all.len() < replicas { Err(stopped()) } else { Ok(all.into_iter().sum()) }
     }
 
-    fn send(&self, message: Message) -> Result<(), Error> {
-        let mailbox =
-            self.handle.mailbox.as_ref().expect("it is there until the last clone is gone");
+    fn send(&self, replica: usize, message: Message) -> Result<(), Error> {
+        let mailbox = self.handle.replicas[replica].mailbox.as_ref();
+        let mailbox = mailbox.expect("it is there until the last clone is gone");
         mailbox.send(message).map_err(|_| stopped())?;
-        self.wake();
+        self.wake(replica);
         Ok(())
     }
 
-    /// Lets the engine look for something to do.
-    pub(crate) fn wake(&self) {
-        if let Some(thread) = &self.handle.thread {
-            thread.thread().unpark();
-        }
+    /// Lets a replica look for something to do.
+    pub(crate) fn wake(&self, replica: usize) {
+        self.handle.replicas[replica].thread.thread().unpark();
     }
 }
 
@@ -322,9 +335,11 @@ fn stopped() -> Error {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        self.mailbox = None;
-        if let Some(thread) = self.thread.take() {
-            thread.thread().unpark();
+        for replica in &mut self.replicas {
+            replica.mailbox = None;
+            replica.thread.thread().unpark();
+        }
+        for Replica { thread, .. } in self.replicas.drain(..) {
             // A logits processor can hold the last clone.
             if thread.thread().id() != thread::current().id() {
                 // If it panicked, it has said so.
@@ -347,7 +362,7 @@ struct StepLoop<B: Backend> {
     /// Dropped before the streams' ends: who hears that the thread has ended is refused from then on.
     inbox: Receiver<Message>,
     decoder: Arc<Decoder<B>>,
-    kv: B::Kv,
+    kv: Kv<B>,
     workspace: Workspace<B>,
     scheduler: Scheduler<Active>,
     statistics: EngineStatistics,
@@ -371,6 +386,35 @@ fn emptied<T, U>(mut vec: Vec<T>) -> Vec<U> {
 }
 
 impl<B: Backend> StepLoop<B> {
+    fn new(
+        decoder: Arc<Decoder<B>>,
+        options: &EngineOptions,
+        cache: KvCache,
+        places: usize,
+        inbox: Receiver<Message>,
+    ) -> Result<Self, CoreError> {
+        let EngineOptions { max_sequences, kv_type, block_tokens, .. } = *options;
+        let step_tokens = options.step_tokens.max(max_sequences);
+        let vocab_size = decoder.vocab_size();
+        let layout = decoder.kv_layout(kv_type, block_tokens);
+        Ok(StepLoop {
+            kv: decoder.kv_allocate(layout, cache.statistics().blocks)?,
+            workspace: decoder.workspace(step_tokens, PICKS)?,
+            scheduler: Scheduler::new(cache, Limits { max_sequences, step_tokens }, places),
+            inbox,
+            statistics: EngineStatistics::default(),
+            tokens: Vec::with_capacity(step_tokens),
+            spans: Vec::with_capacity(max_sequences),
+            wanted: Vec::with_capacity(max_sequences),
+            picks: Vec::with_capacity(max_sequences),
+            rows: Vec::with_capacity(PICKS),
+            selected: (0..max_sequences).map(|_| Vec::with_capacity(vocab_size)).collect(),
+            logits: Vec::with_capacity(PICKS * vocab_size),
+            candidates: Candidates::with_capacity(vocab_size),
+            decoder,
+        })
+    }
+
     fn run(mut self) {
         while self.receive() {
             self.sweep();
@@ -431,7 +475,7 @@ impl<B: Backend> StepLoop<B> {
 
     /// Computes the step that was put together.
     fn step(&mut self) -> Result<(), CoreError> {
-        self.forward();
+        self.forward()?;
         self.want();
         let screened = self.select()?;
         for index in 0..self.wanted.len() {
@@ -461,9 +505,9 @@ impl<B: Backend> StepLoop<B> {
     }
 
     /// Runs the decoder over all sequences of the step.
-    fn forward(&mut self) {
+    fn forward(&mut self) -> Result<(), CoreError> {
         let Self { decoder, kv, workspace, scheduler, tokens, statistics, .. } = self;
-        decoder.backend().kv_copy(kv, scheduler.copies());
+        decoder.kv_copy(kv, scheduler.copies());
         tokens.clear();
         let mut spans: Vec<Span<'_>> = emptied(std::mem::take(&mut self.spans));
         for &Work { slot, position, count } in scheduler.batch() {
@@ -472,11 +516,12 @@ impl<B: Backend> StepLoop<B> {
             tokens.extend_from_slice(&sequence.tokens()[position..position + count]);
             spans.push(Span { rows: start..tokens.len(), position, blocks: sequence.blocks() });
         }
-        decoder.forward(&Step { tokens, spans: &spans }, kv, workspace);
+        decoder.forward(&Step { tokens, spans: &spans }, kv, workspace)?;
         self.spans = emptied(spans);
         statistics.steps += 1;
         statistics.computed_tokens += tokens.len() as u64;
         scheduler.complete();
+        Ok(())
     }
 
     /// Notes which rows get a token, in the order of their slots.

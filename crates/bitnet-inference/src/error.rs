@@ -1,5 +1,9 @@
 //! Errors of running a model: one sentence each.
 
+use std::path::PathBuf;
+
+use bitnet_core::budget::human_bytes;
+
 use crate::sampler::{InvalidParameter, SampleError};
 use crate::scheduler::QueueFull;
 use crate::stop::EmptyStopString;
@@ -86,6 +90,53 @@ pub enum Error {
     /// A conversation that the model's template does not take.
     #[error(transparent)]
     Chat(#[from] bitnet_model::chat::ChatError),
+    /// A model whose weights cannot be used as they lie in its file.
+    #[error(
+        "{}: {format} weights are not laid out for use in place: make a .bitnet file with \
+         `bitnet convert`, or load the model without asking for a mapped one",
+        path.display()
+    )]
+    NotMapped {
+        /// The model.
+        path: PathBuf,
+        /// What it is.
+        format: &'static str,
+    },
+    /// A name that the cache was not told of.
+    #[error("no model is called `{name}`: insert it into the cache first")]
+    UnknownModel {
+        /// The name.
+        name: String,
+    },
+    /// A model that is larger than the whole budget of the cache.
+    #[error(
+        "the model `{name}` takes {} but the cache may hold {}: give it a larger budget",
+        human_bytes(*needed), human_bytes(*budget)
+    )]
+    ModelTooLarge {
+        /// The model's name.
+        name: String,
+        /// Bytes of its weights, at least.
+        needed: u64,
+        /// Bytes the cache may hold.
+        budget: u64,
+    },
+    /// A model for which there is no room while others are in use.
+    #[error(
+        "the model `{name}` takes {}, but models in use hold {} of the cache's {}: try again \
+         when requests have ended",
+        human_bytes(*needed), human_bytes(*in_use), human_bytes(*budget)
+    )]
+    CacheFull {
+        /// The model's name.
+        name: String,
+        /// Bytes of its weights, at least.
+        needed: u64,
+        /// Bytes of models that are in use or being loaded.
+        in_use: u64,
+        /// Bytes the cache may hold.
+        budget: u64,
+    },
     /// The model makes no embeddings, or makes nothing else.
     #[error("{0}")]
     WrongKind(String),

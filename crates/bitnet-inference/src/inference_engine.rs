@@ -1,14 +1,17 @@
 //! [`InferenceEngine`]: a model and an engine behind one door, text in and text out.
 
+use std::ops::ControlFlow;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bitnet_core::Device;
 use bitnet_model::chat::Message;
+use bitnet_model::source::{self, Checkpoint, Description};
 use bitnet_model::tokenizer::Special;
+use bitnet_model::weights::{LoadProgress, least_bytes};
 use futures_core::Stream;
 use futures_util::stream::{self, StreamExt, TryStreamExt};
 
@@ -17,7 +20,7 @@ use crate::engine::{Engine, EngineStatistics};
 use crate::error::Error;
 use crate::generate::Generation;
 use crate::inference_stream::{InferenceStream, StreamingConfig};
-use crate::model::Model;
+use crate::model::{Model, cpu_backend};
 use crate::request::Request;
 use crate::sampler::SamplingParams;
 use crate::stream::block_on;
@@ -108,14 +111,43 @@ impl<T> Future for Answer<T> {
 /// ```
 pub struct InferenceEngine {
     builder: InferenceEngineBuilder,
-    loaded: Option<Loaded>,
+    loaded: Option<Lazy>,
+}
+
+/// A model that is loaded, or will be when it is first needed.
+struct Lazy {
+    /// Where it is loaded from.
+    model: String,
+    loaded: OnceLock<Loaded>,
+    /// Held by whoever loads; the others wait.
+    turn: Mutex<()>,
+}
+
+impl Lazy {
+    fn new(model: &str) -> Self {
+        Lazy { model: model.to_owned(), loaded: OnceLock::new(), turn: Mutex::new(()) }
+    }
+
+    fn get(&self, builder: &InferenceEngineBuilder) -> Result<&Loaded, Error> {
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        // It guards nothing that a panic could break.
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(loaded) = self.loaded.get() {
+            return Ok(loaded);
+        }
+        let loaded = Loaded::new(builder, Model::open(&self.model, &builder.model_options())?)?;
+        Ok(self.loaded.get_or_init(|| loaded))
+    }
 }
 
 /// A model and the engine that runs it.
 #[derive(Clone)]
 struct Loaded {
-    model: Arc<Model>,
+    /// Dropped first: without the model its weights are gone.
     engine: Engine,
+    model: Arc<Model>,
     processors: Vec<ProcessorFactory>,
     /// Requests of one batch that are submitted at once.
     at_once: usize,
@@ -176,33 +208,93 @@ impl InferenceEngine {
     /// # Errors
     /// If the model cannot be read, makes no text, or there is too little memory.
     pub fn load_model(&mut self, model: &str) -> Result<(), Error> {
-        let model = Model::open(model, &self.builder.model_options())?;
-        if model.config().pooling.is_some() {
-            return Err(Error::WrongKind(format!(
-                "{} makes embeddings and does not write text: choose another model",
-                model.description().path.display()
-            )));
-        }
-        let options = self.builder.engine_options();
-        self.loaded = Some(Loaded {
-            engine: model.engine(options)?,
-            model: Arc::new(model),
-            processors: self.builder.processors.clone(),
-            at_once: options.max_sequences,
-        });
+        self.run(Model::open(model, &self.builder.model_options())?).map(drop)
+    }
+
+    /// As [`load_model`](InferenceEngine::load_model), for a `.bitnet` file, whose weights are used as
+    /// they lie in it: see [`Model::open_mmap`].
+    ///
+    /// # Errors
+    /// As [`load_model`](InferenceEngine::load_model), and [`Error::NotMapped`] for another format.
+    pub fn load_mmap(&mut self, model: &str) -> Result<(), Error> {
+        self.run(Model::open_mmap(model, &self.builder.model_options())?).map(drop)
+    }
+
+    /// As [`load_model`](InferenceEngine::load_model), layer by layer into memory, with a `progress`
+    /// that is told how far it has come and can end it: see [`Model::open_streaming`].
+    ///
+    /// # Errors
+    /// As [`load_model`](InferenceEngine::load_model), and [`bitnet_model::Error::Cancelled`] if
+    /// `progress` said so. Then the model before is still loaded.
+    pub fn load_streaming(
+        &mut self,
+        model: &str,
+        progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        let options = self.builder.model_options();
+        self.run(Model::open_streaming(model, &options, progress)?).map(drop)
+    }
+
+    /// As [`load_model`](InferenceEngine::load_model), but the weights are loaded by whoever first
+    /// needs them: a request, or [`model`](InferenceEngine::model). That call waits for them, and so
+    /// do others that come meanwhile. What is checked now are the names, types and shapes of the
+    /// tensors, the description, the vocabulary and the device; nothing of it is kept.
+    ///
+    /// # Errors
+    /// If a check fails. What is wrong with the weights, or with a file that has changed since, is the
+    /// error of the request that loads them; the next one tries again.
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_lazy("tiny")?;
+    /// // The weights are loaded here.
+    /// let text = engine.generate("Once upon a time", GenerationParams::default()).wait()?.text;
+    /// # assert!(!text.is_empty());
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn load_lazy(&mut self, model: &str) -> Result<(), Error> {
+        let Checkpoint { description, tensors } = source::open(model)?;
+        must_generate(&description)?;
+        cpu_backend(&self.builder.model_options())?;
+        least_bytes(&description.path, &description.config, &tensors)?;
+        self.loaded = Some(Lazy::new(model));
         Ok(())
+    }
+
+    /// As [`load_model`](InferenceEngine::load_model), with the layers spread over several devices:
+    /// see [`Model::open_distributed`].
+    ///
+    /// # Errors
+    /// As [`load_model`](InferenceEngine::load_model); [`bitnet_model::Error::Devices`] if there are
+    /// no devices or more of them than layers; and if a device is not there.
+    pub fn load_distributed(&mut self, model: &str, devices: &[Device]) -> Result<(), Error> {
+        let options = self.builder.model_options();
+        self.run(Model::open_distributed(model, devices, &options)?).map(drop)
+    }
+
+    /// Lets a model take the place of the one before. It is in use by more than this engine if it
+    /// has more than one owner.
+    pub(crate) fn run(&mut self, model: Model) -> Result<Weak<Model>, Error> {
+        let lazy = Lazy::new(&model.description().path.to_string_lossy());
+        let loaded = Loaded::new(&self.builder, model)?;
+        let model = Arc::downgrade(&loaded.model);
+        self.loaded = Some(Lazy { loaded: loaded.into(), ..lazy });
+        Ok(model)
     }
 
     /// The model.
     ///
     /// # Errors
-    /// [`Error::NoModel`] before one is loaded.
+    /// [`Error::NoModel`] before one is loaded; after [`load_lazy`](InferenceEngine::load_lazy), if
+    /// its weights cannot be loaded.
     pub fn model(&self) -> Result<&Model, Error> {
         Ok(&self.loaded()?.model)
     }
 
     fn loaded(&self) -> Result<&Loaded, Error> {
-        self.loaded.as_ref().ok_or(Error::NoModel)
+        self.loaded.as_ref().ok_or(Error::NoModel)?.get(&self.builder)
     }
 
     /// Continues a text. The request is submitted at once. The time to its first token includes the
@@ -381,7 +473,29 @@ impl InferenceEngine {
     }
 }
 
+/// Refuses models that make no text.
+pub(crate) fn must_generate(description: &Description) -> Result<(), Error> {
+    if description.config.pooling.is_some() {
+        return Err(Error::WrongKind(format!(
+            "{} makes embeddings and does not write text: choose another model",
+            description.path.display()
+        )));
+    }
+    Ok(())
+}
+
 impl Loaded {
+    fn new(builder: &InferenceEngineBuilder, model: Model) -> Result<Self, Error> {
+        must_generate(model.description())?;
+        let options = builder.engine_options();
+        Ok(Loaded {
+            engine: model.engine(options)?,
+            model: Arc::new(model),
+            processors: builder.processors.clone(),
+            at_once: options.max_sequences * options.replicas,
+        })
+    }
+
     fn stream(
         &self,
         prompt: &str,
@@ -498,4 +612,26 @@ pub fn smart_infer(model: &str, prompts: &[&str]) -> Result<Vec<String>, Error> 
     let generations = engine.generate_stream(prompts, params, StreamingConfig::default())?;
     let texts = generations.map(|(_, generation)| generation.map(|generation| generation.text));
     block_on(texts.try_collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waited_for_a_lazy_model_does_not_load_it_again() {
+        let builder = InferenceEngine::builder().threads(1);
+        let lazy = Lazy::new("no such file");
+        let turn = lazy.turn.lock().unwrap();
+        std::thread::scope(|scope| {
+            let waiting = scope.spawn(|| lazy.get(&builder).is_ok());
+            std::thread::sleep(Duration::from_millis(20));
+            let model = Model::open("tiny", &builder.model_options()).unwrap();
+            let set = lazy.loaded.set(Loaded::new(&builder, model).unwrap());
+            assert!(set.is_ok());
+            drop(turn);
+            assert!(waiting.join().unwrap());
+        });
+        assert!(Lazy::new("no such file").get(&builder).is_err());
+    }
 }

@@ -12,7 +12,7 @@
 //! that has to, because all of its tokens were found and the last one must be computed again to get
 //! its logits, writes into a copy.
 
-use std::iter;
+use std::iter::{self, Sum};
 
 /// No block.
 const NONE: u32 = u32::MAX;
@@ -66,7 +66,7 @@ pub struct KvStatistics {
     pub used_blocks: usize,
     /// Of the others, blocks that hold a prefix that can be used again.
     pub idle_blocks: usize,
-    /// Most blocks that were in use at once.
+    /// Most blocks that were in use at once; of several replicas, the sum of theirs.
     pub most_used_blocks: usize,
     /// Tokens of admitted sequences, each time they were admitted.
     pub admitted_tokens: u64,
@@ -76,6 +76,21 @@ pub struct KvStatistics {
     pub evicted_blocks: u64,
     /// Blocks that were copied because they are shared and had to be written to.
     pub copied_blocks: u64,
+}
+
+impl Sum for KvStatistics {
+    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
+        all.fold(KvStatistics::default(), |sum, more| KvStatistics {
+            blocks: sum.blocks + more.blocks,
+            used_blocks: sum.used_blocks + more.used_blocks,
+            idle_blocks: sum.idle_blocks + more.idle_blocks,
+            most_used_blocks: sum.most_used_blocks + more.most_used_blocks,
+            admitted_tokens: sum.admitted_tokens + more.admitted_tokens,
+            reused_tokens: sum.reused_tokens + more.reused_tokens,
+            evicted_blocks: sum.evicted_blocks + more.evicted_blocks,
+            copied_blocks: sum.copied_blocks + more.copied_blocks,
+        })
+    }
 }
 
 /// How a sequence gets into the cache.

@@ -10,6 +10,7 @@ pub mod inference_engine;
 pub mod inference_stream;
 mod kv_cache;
 pub mod model;
+pub mod model_cache;
 pub mod random;
 pub mod request;
 pub mod sampler;
@@ -19,9 +20,10 @@ pub mod stop;
 mod stream;
 mod transcript;
 
-pub use bitnet_core::Device;
 pub use bitnet_core::backend::KvType;
+pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
+pub use bitnet_model::weights::LoadProgress;
 pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;
@@ -30,6 +32,7 @@ pub use inference_engine::{Answer, GenerationParams, InferenceEngine, quick_infe
 pub use inference_stream::{InferenceStream, StreamEvent, StreamingConfig};
 pub use kv_cache::KvStatistics;
 pub use model::{Model, ModelOptions, device_reason};
+pub use model_cache::{CacheStatistics, ModelCache};
 pub use request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
 pub use sampler::SamplingParams;
 pub use scheduler::QueueFull;

@@ -1,15 +1,16 @@
 //! A model ready to run: where it came from, its tokenizer, and its decoder on some device.
 
+use std::ops::{ControlFlow, Range};
 use std::sync::Arc;
 
 use bitnet_core::Error as CoreError;
-use bitnet_core::{Device, OperationProfile, ShortcutCounts, Shortcuts};
+use bitnet_core::{Device, OperationProfile, ShortcutCounts, Shortcuts, WeightBytes};
 use bitnet_cpu::{CpuBackend, CpuOptions, Isa};
 use bitnet_model::chat::ChatTemplate;
-use bitnet_model::config::{ModelConfig, Pooling};
-use bitnet_model::source::{self, Description};
+use bitnet_model::config::{ModelConfig, Pooling, WeightRule};
+use bitnet_model::source::{self, Checkpoint, Description};
 use bitnet_model::tokenizer::Tokenizer;
-use bitnet_model::weights::{self, LoadOptions};
+use bitnet_model::weights::{self, LoadOptions, LoadProgress};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
@@ -75,6 +76,16 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
     })?)
 }
 
+/// The device that the options ask for, or the best there is.
+pub(crate) fn one_device(options: &ModelOptions) -> [Device; 1] {
+    [options.device.unwrap_or(Device::Cpu)]
+}
+
+/// For whoever does not watch the loading.
+pub(crate) fn go_on(_: LoadProgress) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 /// A loaded model. Cheap to share: sessions keep the weights alive.
 pub struct Model {
     description: Description,
@@ -85,17 +96,112 @@ pub struct Model {
 impl Model {
     /// Loads a model: `tiny`, a directory or a file.
     pub fn open(model: &str, options: &ModelOptions) -> Result<Self, Error> {
+        Self::load(source::open(model)?, &one_device(options), options, &mut go_on)
+    }
+
+    /// As [`open`](Model::open), for a model whose weights are used as they lie in its file: a
+    /// `.bitnet` file for the CPU. It is there in milliseconds, takes memory as it is used, and gives
+    /// it back when the system is short of it. While it is loaded, the file must not be rewritten or
+    /// cut short in place; replacing it by renaming and deleting it are safe where the system keeps
+    /// files that are open (not on Windows, which refuses).
+    ///
+    /// # Errors
+    /// As [`open`](Model::open), and [`Error::NotMapped`] for any other format: there every ternary
+    /// matrix is laid out anew at load, and only embedding and head stay in the file.
+    pub fn open_mmap(model: &str, options: &ModelOptions) -> Result<Self, Error> {
         let checkpoint = source::open(model)?;
-        let backend = cpu_backend(options)?;
-        let mut description = checkpoint.description;
-        let decoder = weights::load(
-            backend,
+        let Description { path, format, config, .. } = &checkpoint.description;
+        if config.weights != WeightRule::Tiled {
+            return Err(Error::NotMapped { path: path.clone(), format });
+        }
+        Self::load(checkpoint, &one_device(options), options, &mut go_on)
+    }
+
+    /// As [`open`](Model::open), layer by layer into memory: nothing stays mapped, so that the file may
+    /// be changed or go away afterwards. `progress` is called on this thread after each layer and when
+    /// everything is done, and can end the loading.
+    ///
+    /// # Errors
+    /// As [`open`](Model::open), and [`bitnet_model::Error::Cancelled`] if `progress` said so.
+    ///
+    /// ```
+    /// use std::ops::ControlFlow;
+    /// use bitnet_inference::{Model, ModelOptions};
+    ///
+    /// let model = Model::open_streaming("tiny", &ModelOptions::default(), |now| {
+    ///     println!("{} of {} bytes", now.bytes, now.total_bytes);
+    ///     ControlFlow::Continue(())
+    /// })?;
+    /// assert_eq!(model.weight_bytes().mapped, 0);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn open_streaming(
+        model: &str,
+        options: &ModelOptions,
+        mut progress: impl FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self, Error> {
+        let load = LoadOptions { in_memory: true, ..options.load };
+        let options = &ModelOptions { load, ..options.clone() };
+        Self::load(source::open(model)?, &one_device(options), options, &mut progress)
+    }
+
+    /// As [`open`](Model::open), with the layers spread over several devices, in their order, in place
+    /// of the one in `options`: a pipeline. Each device has threads, and the keys and values of its
+    /// layers, of its own. The cut makes the bytes of the fullest device as few as can be; the
+    /// embedding is on the first, the output head on the last. A device named several times is as
+    /// many devices.
+    ///
+    /// The stages of a step take turns: this divides the memory that a model needs, not the time.
+    /// The tokens are those of one device.
+    ///
+    /// # Errors
+    /// As [`open`](Model::open); [`bitnet_model::Error::Devices`] if there are no devices or more of
+    /// them than layers; and if a device is not there.
+    ///
+    /// ```
+    /// use bitnet_inference::{Device, Model, ModelOptions};
+    ///
+    /// let devices = [Device::Cpu, Device::Cpu];
+    /// let model = Model::open_distributed("tiny", &devices, &ModelOptions::default())?;
+    /// assert_eq!(model.stages().len(), 2);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn open_distributed(
+        model: &str,
+        devices: &[Device],
+        options: &ModelOptions,
+    ) -> Result<Self, Error> {
+        if options.pinned && devices.len() > 1 {
+            let reason = "threads can be pinned to processors for one device only".to_owned();
+            return Err(CoreError::DeviceUnavailable { device: devices[1], reason }.into());
+        }
+        Self::load(source::open(model)?, devices, options, &mut go_on)
+    }
+
+    /// Loads the weights of a checkpoint, a stage on each device.
+    pub(crate) fn load(
+        checkpoint: Checkpoint,
+        devices: &[Device],
+        options: &ModelOptions,
+        progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+    ) -> Result<Self, Error> {
+        let backends = devices
+            .iter()
+            .map(|&device| cpu_backend(&ModelOptions { device: Some(device), ..options.clone() }));
+        let backends = backends.collect::<Result<_, _>>()?;
+        let Checkpoint { mut description, tensors } = checkpoint;
+        let decoder = weights::load_stages(
+            backends,
             &description.path,
             &description.config,
-            &checkpoint.tensors,
+            &tensors,
             options.load,
             &mut description.notes,
+            progress,
         )?;
+        if options.load.in_memory {
+            description.tokenizer.unmap()?;
+        }
         let decoder = Box::new(Arc::new(decoder));
         Ok(Model { description, decoder, shortcuts: shortcuts(options)? })
     }
@@ -139,6 +245,18 @@ impl Model {
         self.decoder.backend_name()
     }
 
+    /// Memory that the weights take, in mapped files and of their own. The vocabulary, and what
+    /// sessions and engines need, are not in it.
+    pub fn weight_bytes(&self) -> WeightBytes {
+        self.decoder.weight_bytes()
+    }
+
+    /// The layers of each device: one range, unless the model was
+    /// [distributed](Model::open_distributed).
+    pub fn stages(&self) -> &[Range<usize>] {
+        self.decoder.stages()
+    }
+
     /// What exact shortcuts have saved since the model was loaded.
     pub fn shortcut_counts(&self) -> ShortcutCounts {
         self.decoder.shortcut_counts()
@@ -155,7 +273,7 @@ impl Model {
         self.decoder.session(options)
     }
 
-    /// An engine that runs many requests on this model at once, on a thread of its own.
+    /// An engine that runs many requests on this model at once, on threads of its own.
     ///
     /// # Errors
     /// If its memory is not there, or an option has a number that no engine can have.

@@ -1,11 +1,12 @@
 //! One sequence with its own keys and values: the bare decoder behind a trivial block table.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use bitnet_core::backend::{Backend, KvType, Span};
-use bitnet_core::{Error as CoreError, OperationProfile, Pick, ShortcutCounts};
+use bitnet_core::{Error as CoreError, OperationProfile, Pick, ShortcutCounts, WeightBytes};
 use bitnet_model::config::ModelConfig;
-use bitnet_model::decoder::{Decoder, Step, Workspace};
+use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
@@ -43,6 +44,8 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn backend_name(&self) -> String;
     fn shortcut_counts(&self) -> ShortcutCounts;
     fn profile(&self) -> Vec<OperationProfile>;
+    fn weight_bytes(&self) -> WeightBytes;
+    fn stages(&self) -> &[Range<usize>];
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
     fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
 }
@@ -57,22 +60,31 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
     }
 
     fn backend_name(&self) -> String {
-        self.backend().name()
+        let names: Vec<_> = self.backends().iter().map(B::name).collect();
+        names.join(" + ")
     }
 
     fn shortcut_counts(&self) -> ShortcutCounts {
-        self.backend().shortcut_counts()
+        self.backends().iter().map(B::shortcut_counts).sum()
+    }
+
+    fn weight_bytes(&self) -> WeightBytes {
+        Decoder::weight_bytes(self)
+    }
+
+    fn stages(&self) -> &[Range<usize>] {
+        Decoder::stages(self)
     }
 
     fn profile(&self) -> Vec<OperationProfile> {
-        self.backend().profile()
+        OperationProfile::merged(self.backends().iter().flat_map(B::profile))
     }
 
     fn session(&self, options: SessionOptions) -> Result<Session, Error> {
         let chunk = options.chunk.clamp(1, self.config().context_length);
         let layout = self.kv_layout(options.kv_type, BLOCK_TOKENS);
         let sequence = Sequence {
-            kv: self.backend().kv_allocate(layout, 0)?,
+            kv: self.kv_allocate(layout, 0)?,
             kv_type: options.kv_type,
             capacity_blocks: 0,
             workspace: self.workspace(chunk, PICKS)?,
@@ -135,7 +147,7 @@ enum Output<'a> {
 
 struct Sequence<B: Backend> {
     decoder: Arc<Decoder<B>>,
-    kv: B::Kv,
+    kv: Kv<B>,
     kv_type: KvType,
     capacity_blocks: usize,
     workspace: Workspace<B>,
@@ -151,7 +163,6 @@ impl<B: Backend> Sequence<B> {
         let needed = (self.length + tokens).div_ceil(BLOCK_TOKENS);
         if needed > self.capacity_blocks {
             let context_blocks = self.decoder.config().context_length.div_ceil(BLOCK_TOKENS);
-            let backend = self.decoder.backend();
             let layout = self.decoder.kv_layout(self.kv_type, BLOCK_TOKENS);
             let fits = |blocks: usize| {
                 bitnet_core::budget::require(
@@ -165,12 +176,8 @@ impl<B: Backend> Sequence<B> {
                 fits(needed)?;
                 capacity = needed;
             }
-            let mut larger = backend.kv_allocate(layout, capacity)?;
-            // A block at a time, so that the copy needs no room of its own.
-            for block in &self.blocks {
-                let contents = backend.kv_export(&self.kv, &[*block])?;
-                backend.kv_import(&mut larger, &[*block], &contents)?;
-            }
+            let mut larger = self.decoder.kv_allocate(layout, capacity)?;
+            self.decoder.kv_transfer(&self.kv, &mut larger, &self.blocks)?;
             self.kv = larger;
             self.capacity_blocks = capacity;
             self.blocks.reserve(capacity - self.blocks.len());
@@ -199,7 +206,7 @@ impl<B: Backend> AnySequence for Sequence<B> {
             let spans =
                 [Span { rows: 0..chunk.len(), position: self.length, blocks: &self.blocks }];
             let Sequence { decoder, kv, workspace, .. } = self;
-            decoder.forward(&Step { tokens: chunk, spans: &spans }, kv, workspace);
+            decoder.forward(&Step { tokens: chunk, spans: &spans }, kv, workspace)?;
             match output {
                 Output::States(show) => {
                     decoder.final_states(workspace, &mut values)?;

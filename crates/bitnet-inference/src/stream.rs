@@ -72,16 +72,18 @@ pub struct TokenStream {
     ring: Consumer<Result<Event, Error>>,
     signal: Arc<Signal>,
     engine: Engine,
+    /// The engine's replica that has the request.
+    replica: usize,
     finished: bool,
 }
 
 impl TokenStream {
     /// Both ends of a stream with room for `buffer` tokens and an end.
-    pub(crate) fn new(engine: Engine, buffer: usize) -> (EventSender, TokenStream) {
+    pub(crate) fn new(engine: Engine, replica: usize, buffer: usize) -> (EventSender, TokenStream) {
         let (producer, consumer) = RingBuffer::new(buffer.max(1) + 1);
         let signal = Arc::new(Signal::default());
         let sender = EventSender { ring: producer, signal: Arc::clone(&signal) };
-        (sender, TokenStream { ring: consumer, signal, engine, finished: false })
+        (sender, TokenStream { ring: consumer, signal, engine, replica, finished: false })
     }
 
     /// Waits for the next event; `None` after the end or an error.
@@ -115,7 +117,7 @@ impl TokenStream {
     /// Lets the engine drop the request before its next step.
     pub(crate) fn cancel(&self) {
         self.signal.cancelled.store(true, Ordering::Release);
-        self.engine.wake();
+        self.engine.wake(self.replica);
     }
 
     /// Ready when the engine has let go of the request and its place is free.
@@ -136,7 +138,7 @@ impl TokenStream {
         let event = self.ring.pop().ok()?;
         self.finished = !matches!(event, Ok(Event::Token(_)));
         // There is room in the ring now, for which the request may wait.
-        self.engine.wake();
+        self.engine.wake(self.replica);
         Some(event)
     }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::backend::KvType;
 use bitnet_inference::{
-    EngineOptions, Model, ModelOptions, Request, SamplingParams, SessionOptions,
+    Device, EngineOptions, Model, ModelOptions, Request, SamplingParams, SessionOptions,
 };
 use bitnet_testing::tiny_model;
 
@@ -100,9 +100,10 @@ fn the_engine_allocates_nothing_between_admissions() {
         SamplingParams { temperature: 1.0, ..neutral.clone() },
         SamplingParams { logit_bias: vec![(3, 2.0)], repetition_penalty: 1.1, ..neutral },
     ];
-    for (threads, copies) in [(1, false), (1, true), (2, true)] {
+    for (threads, copies, stages) in [(1, false, 1), (1, true, 1), (2, true, 1), (1, true, 2)] {
         let options = ModelOptions { threads: Some(threads), copies, ..ModelOptions::default() };
-        let model = Model::open(folder.path().to_str().unwrap(), &options).unwrap();
+        let (path, devices) = (folder.path().to_str().unwrap(), vec![Device::Cpu; stages]);
+        let model = Model::open_distributed(path, &devices, &options).unwrap();
         let engine = model.engine(EngineOptions::default()).unwrap();
         COUNTS[1].store(0, Ordering::SeqCst);
         let streams: Vec<_> = (0..16usize)
@@ -138,7 +139,7 @@ fn the_engine_allocates_nothing_between_admissions() {
         let statistics = engine.statistics().unwrap();
         assert_eq!((statistics.running, statistics.preemptions), (16, 0));
         let [start, end] = COUNTS.each_ref().map(|count| count.load(Ordering::SeqCst));
-        assert_eq!(end - start, 0, "{threads} threads, copies {copies}");
+        assert_eq!(end - start, 0, "{threads} threads, copies {copies}, {stages} stages");
         drop(streams);
     }
 }

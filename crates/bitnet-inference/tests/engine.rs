@@ -6,13 +6,17 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::Shortcuts;
 use bitnet_inference::{
-    Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation,
+    Device, Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation,
     LogitsProcessor, Model, ModelOptions, Request, SamplingParams, SessionOptions, TokenStream,
     generate,
 };
 use bitnet_testing::Random;
 
 fn open(threads: usize, shortcuts: Shortcuts) -> Model {
+    open_in_stages(1, threads, shortcuts)
+}
+
+fn open_in_stages(stages: usize, threads: usize, shortcuts: Shortcuts) -> Model {
     let options = ModelOptions {
         threads: Some(threads),
         shortcuts: Some(shortcuts),
@@ -20,7 +24,7 @@ fn open(threads: usize, shortcuts: Shortcuts) -> Model {
         copies: true,
         ..ModelOptions::default()
     };
-    Model::open("tiny", &options).unwrap()
+    Model::open_distributed("tiny", &vec![Device::Cpu; stages], &options).unwrap()
 }
 
 fn tiny(threads: usize) -> Model {
@@ -175,16 +179,19 @@ fn random_requests_get_the_tokens_they_get_alone() {
     let cases = cases(&open(1, Shortcuts::NONE), 200, random);
     let reasons: Vec<FinishReason> = cases.iter().map(|c| c.expected.finish_reason).collect();
     assert!(reasons.contains(&FinishReason::Stop) && reasons.contains(&FinishReason::Length));
-    for threads in [1, 2] {
+    for (threads, replicas, stages) in [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 2), (2, 2, 3)] {
         for prefix_reuse in [false, true] {
-            let model = open(threads, Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL });
+            let shortcuts = Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL };
+            let model = open_in_stages(stages, threads, shortcuts);
+            assert_eq!(model.stages().len(), stages);
             let engine = model
                 .engine(EngineOptions {
+                    replicas,
                     max_sequences: 8,
                     step_tokens: 32 + random.below(100),
                     queue: 60,
-                    // A little more than the longest request needs.
-                    kv_bytes: kv_bytes(&model, 700),
+                    // A little more than the longest request needs, for each replica.
+                    kv_bytes: replicas as u64 * kv_bytes(&model, 700),
                     ..EngineOptions::default()
                 })
                 .unwrap();
@@ -202,7 +209,10 @@ fn random_requests_get_the_tokens_they_get_alone() {
                 check(case, stream);
             }
             let statistics = idle(&engine);
-            println!("{threads} threads, prefix reuse {prefix_reuse}: {statistics:?}");
+            println!(
+                "{replicas} replicas of {threads} threads in {stages} stages, prefix reuse \
+                 {prefix_reuse}: {statistics:?}"
+            );
             assert!(statistics.preemptions > 20, "{statistics:?}");
             assert_eq!(statistics.kv.reused_tokens > 1000, prefix_reuse, "{statistics:?}");
             assert_eq!(statistics.kv.evicted_blocks > 100, prefix_reuse, "{statistics:?}");
@@ -224,6 +234,81 @@ fn idle(engine: &Engine) -> bitnet_inference::EngineStatistics {
         assert!(Instant::now() < end, "somebody is stuck: {statistics:?}");
         std::thread::yield_now();
     }
+}
+
+#[test]
+fn replicas_share_the_requests_and_the_limit() {
+    let model = tiny(1);
+    let options = EngineOptions {
+        replicas: 2,
+        max_sequences: 1,
+        queue: 1,
+        kv_bytes: kv_bytes(&model, 128),
+        ..EngineOptions::default()
+    };
+    let engine = model.engine(options).unwrap();
+    assert_eq!(engine.statistics().unwrap().kv.blocks, 2 * 4);
+    // Each replica has half of the keys and values, and a request is on one of them.
+    assert!(matches!(
+        engine.submit(request(&[1; 60], &self::options(6))),
+        Err(Error::KvBudget { needed: 65, room: 64 })
+    ));
+    let paused = || {
+        let mut request = request(&[1, 2], &self::options(60));
+        request.buffer = 1;
+        engine.submit(request).unwrap()
+    };
+    let streams = [paused(), paused(), paused()];
+    let refused = engine.submit(request(&[1], &self::options(5))).err();
+    assert!(matches!(refused, Some(Error::QueueFull(full)) if full.limit == 3), "{refused:?}");
+    // Both run one at once, and nobody waits behind a request while a replica is free.
+    let end = Instant::now() + Duration::from_secs(60);
+    while engine.statistics().unwrap().running < 2 {
+        assert!(Instant::now() < end, "{:?}", engine.statistics());
+        std::thread::yield_now();
+    }
+    let expected = alone(&model, &[1, 2], &self::options(60)).tokens;
+    for mut stream in streams {
+        assert_eq!(read(&mut stream).0, expected);
+    }
+    idle(&engine);
+}
+
+#[test]
+fn if_one_replica_dies_the_others_go_on() {
+    let model = tiny(1);
+    let engine = model.engine(EngineOptions { replicas: 2, ..EngineOptions::default() }).unwrap();
+    let mut unruly = request(&[1, 2, 3], &options(2));
+    unruly.processors.push(Box::new(Unruly));
+    let mut unruly = engine.submit(unruly).unwrap();
+    let mut other = engine.submit(request(&[4, 5], &options(400))).unwrap();
+    assert_eq!(read(&mut unruly).0.len(), 2);
+    assert_eq!(read(&mut other).0, alone(&model, &[4, 5], &options(400)).tokens);
+    let end = Instant::now() + Duration::from_secs(60);
+    while engine.statistics().is_ok() {
+        assert!(Instant::now() < end, "the thread has panicked");
+        std::thread::yield_now();
+    }
+    // The thread ends a little later than its mailbox.
+    let served = |_| match engine.submit(request(&[4, 5], &options(3))) {
+        Ok(mut stream) => read(&mut stream).1.is_ok(),
+        Err(error) => {
+            assert!(matches!(error, Error::EngineStopped { .. }), "{error}");
+            assert!(Instant::now() < end, "nobody serves");
+            false
+        }
+    };
+    assert!((0..).any(served));
+}
+
+#[test]
+fn replicas_end_with_their_engine() {
+    let engine = tiny(2).engine(EngineOptions { replicas: 3, ..EngineOptions::default() }).unwrap();
+    let streams: Vec<_> =
+        (0..6).map(|_| engine.submit(request(&[4, 5], &options(50))).unwrap()).collect();
+    drop(engine);
+    // The last one ends the threads, which this waits for.
+    drop(streams);
 }
 
 #[test]

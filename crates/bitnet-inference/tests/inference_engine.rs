@@ -190,25 +190,29 @@ fn a_stream_that_is_dropped_is_cancelled() {
 
 #[test]
 fn prompts_of_a_stream_are_answered_in_order_or_as_completed() {
-    let engine = InferenceEngine::builder().max_batch_size(3).max_queue_length(0).build();
-    let mut engine = engine.unwrap();
-    engine.load_model("tiny").unwrap();
-    let prompts: Vec<String> =
-        (0..20).map(|index| PROMPTS[index % 5].repeat(1 + index % 3)).collect();
-    let expected: Vec<Generation> =
-        prompts.iter().map(|prompt| engine.generate(prompt, params(15)).wait().unwrap()).collect();
-    for ordered in [true, false] {
-        let config = StreamingConfig { ordered, ..StreamingConfig::default() };
-        let prompts = stream::iter(prompts.clone());
-        let results = engine.generate_stream(prompts, params(15), config).unwrap();
-        let mut results: Vec<_> = futures_executor::block_on(results.collect());
-        if !ordered {
-            results.sort_by_key(|(index, _)| *index);
-        }
-        assert_eq!(results.len(), 20);
-        for (place, (index, generation)) in results.into_iter().enumerate() {
-            assert_eq!(place, index);
-            same(&generation.unwrap(), &expected[index]);
+    for replicas in [1, 2] {
+        let builder = InferenceEngine::builder().max_batch_size(3).max_queue_length(0);
+        let mut engine = builder.replicas(replicas).build().unwrap();
+        engine.load_model("tiny").unwrap();
+        let prompts: Vec<String> =
+            (0..20).map(|index| PROMPTS[index % 5].repeat(1 + index % 3)).collect();
+        let expected: Vec<Generation> = prompts
+            .iter()
+            .map(|prompt| engine.generate(prompt, params(15)).wait().unwrap())
+            .collect();
+        for ordered in [true, false] {
+            let config = StreamingConfig { ordered, ..StreamingConfig::default() };
+            let prompts = stream::iter(prompts.clone());
+            let results = engine.generate_stream(prompts, params(15), config).unwrap();
+            let mut results: Vec<_> = futures_executor::block_on(results.collect());
+            if !ordered {
+                results.sort_by_key(|(index, _)| *index);
+            }
+            assert_eq!(results.len(), 20);
+            for (place, (index, generation)) in results.into_iter().enumerate() {
+                assert_eq!(place, index);
+                same(&generation.unwrap(), &expected[index]);
+            }
         }
     }
 }
@@ -347,6 +351,8 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
 
     let error = InferenceEngine::with_device(Device::Mlx).err().unwrap().to_string();
     assert!(error.contains("mlx"), "{error}");
+    let error = InferenceEngine::builder().replicas(0).build().err().unwrap().to_string();
+    assert!(error.contains("the number of replicas is 0; give 1 to 64"), "{error}");
     let error = InferenceEngine::builder().max_batch_size(0).build().err().unwrap().to_string();
     assert!(error.contains("run at once is 0; give 1 to 4096"), "{error}");
     let error = InferenceEngine::builder().max_queue_length(10_001).build().err().unwrap();

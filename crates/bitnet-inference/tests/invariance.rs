@@ -165,7 +165,7 @@ fn last_logits<B: Backend>(
         (0..count).map(|i| (i * i * 7 + i) as u32 % decoder.vocab_size() as u32).collect();
     let blocks: Vec<u32> = (0..count.div_ceil(16) as u32).rev().collect();
     let layout = decoder.kv_layout(kv_type, 16);
-    let mut kv = decoder.backend().kv_allocate(layout, blocks.len()).unwrap();
+    let mut kv = decoder.kv_allocate(layout, blocks.len()).unwrap();
     let mut workspace = decoder.workspace(chunk, 1).unwrap();
     let (mut bits, mut values) = (Vec::new(), Vec::new());
     // The last token is a step of its own.
@@ -173,7 +173,7 @@ fn last_logits<B: Backend>(
     let mut position = 0;
     for tokens in prompt.chunks(chunk).chain([last]) {
         let spans = [Span { rows: 0..tokens.len(), position, blocks: &blocks }];
-        decoder.forward(&Step { tokens, spans: &spans }, &mut kv, &mut workspace);
+        decoder.forward(&Step { tokens, spans: &spans }, &mut kv, &mut workspace).unwrap();
         position += tokens.len();
         if position + 1 >= count {
             decoder.logits(&mut workspace, &[tokens.len() - 1], &mut values).unwrap();
@@ -242,7 +242,7 @@ fn a_sequence_gives_the_same_bits_alone_and_in_a_batch_of_eight_others() {
             .collect();
         let blocks = 1 + *sequences.iter().flat_map(|s| &s.blocks).max().unwrap() as usize;
         let layout = decoder.kv_layout(KvType::F32, BLOCK_TOKENS);
-        let mut kv = decoder.backend().kv_allocate(layout, blocks).unwrap();
+        let mut kv = decoder.kv_allocate(layout, blocks).unwrap();
         let mut workspace = decoder.workspace(256, 256).unwrap();
         let mut step_number = 0;
         while sequences.iter().any(|s| s.read < s.ids.len()) {
@@ -258,7 +258,9 @@ fn a_sequence_gives_the_same_bits_alone_and_in_a_batch_of_eight_others() {
                 }
                 chunks.push(chunk);
             }
-            decoder.forward(&Step { tokens: &tokens, spans: &spans }, &mut kv, &mut workspace);
+            decoder
+                .forward(&Step { tokens: &tokens, spans: &spans }, &mut kv, &mut workspace)
+                .unwrap();
             let picks: Vec<usize> = (0..tokens.len()).collect();
             let mut values = Vec::new();
             decoder.logits(&mut workspace, &picks, &mut values).unwrap();

@@ -23,6 +23,25 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// More devices than layers, or none.
+    #[error(
+        "{}: its {layers} layers cannot be spread over {devices} devices: give 1 to {layers}",
+        path.display()
+    )]
+    Devices {
+        /// The model.
+        path: PathBuf,
+        /// Layers of its decoder.
+        layers: usize,
+        /// Devices they were to be spread over.
+        devices: usize,
+    },
+    /// Whoever asked for the model does not want it any more.
+    #[error("{}: loading was cancelled", path.display())]
+    Cancelled {
+        /// The model.
+        path: PathBuf,
+    },
     /// A failure below: mapping, memory, tensor sizes.
     #[error(transparent)]
     Core(#[from] bitnet_core::Error),

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 use std::sync::{Mutex, PoisonError};
 
-use bitnet_core::backend::{Backend, KvType, Span};
+use bitnet_core::backend::{KvType, Span};
 use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::convert::to_native;
 use bitnet_model::decoder::Step;
@@ -213,11 +213,12 @@ fn load(checkpoint: Result<Checkpoint, bitnet_model::Error>) -> Result<(), Strin
     let _ = text.and_then(|ids| description.tokenizer.decode(&ids, true));
     let blocks = [0];
     let layout = decoder.kv_layout(KvType::F32, 16);
-    let mut kv = decoder.backend().kv_allocate(layout, 1).map_err(|e| e.to_string())?;
+    let mut kv = decoder.kv_allocate(layout, 1).map_err(|e| e.to_string())?;
     let mut workspace = decoder.workspace(2, 1).map_err(|e| e.to_string())?;
     let last = decoder.vocab_size() as u32 - 1;
     let spans = [Span { rows: 0..2, position: 0, blocks: &blocks }];
-    decoder.forward(&Step { tokens: &[0, last], spans: &spans }, &mut kv, &mut workspace);
+    let step = Step { tokens: &[0, last], spans: &spans };
+    decoder.forward(&step, &mut kv, &mut workspace).map_err(|e| e.to_string())?;
     let mut logits = Vec::new();
     decoder.logits(&mut workspace, &[1], &mut logits).map_err(|e| e.to_string())
 }

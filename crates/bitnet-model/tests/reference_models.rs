@@ -31,12 +31,12 @@ fn cpu() -> CpuBackend {
 fn final_states<B: Backend>(decoder: &Decoder<B>, ids: &[u32], step: usize) -> Vec<Vec<f32>> {
     let blocks: Vec<u32> = (0..ids.len().div_ceil(16) as u32).collect();
     let layout = decoder.kv_layout(KvType::F32, 16);
-    let mut kv = decoder.backend().kv_allocate(layout, blocks.len()).unwrap();
+    let mut kv = decoder.kv_allocate(layout, blocks.len()).unwrap();
     let mut workspace = decoder.workspace(step, 1).unwrap();
     let (mut states, mut all) = (Vec::new(), Vec::new());
     for (index, tokens) in ids.chunks(step).enumerate() {
         let span = Span { rows: 0..tokens.len(), position: index * step, blocks: &blocks };
-        decoder.forward(&Step { tokens, spans: &[span] }, &mut kv, &mut workspace);
+        decoder.forward(&Step { tokens, spans: &[span] }, &mut kv, &mut workspace).unwrap();
         decoder.final_states(&mut workspace, &mut states).unwrap();
         all.extend(states.chunks_exact(decoder.config().hidden_size).map(<[f32]>::to_vec));
     }

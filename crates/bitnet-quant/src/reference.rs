@@ -4,11 +4,12 @@
 use std::ops::Range;
 
 use bitnet_core::backend::{
-    Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, KvType, Norm, Span,
+    Activation, ActivationPrecision, AttentionShape, Backend, KvLayout, KvType, Norm, Span, Weigh,
 };
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 use bitnet_core::{
-    Candidate, Error, LinearUse, Pick, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale,
+    Candidate, Error, LinearUse, Pick, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightBytes,
+    WeightScale,
 };
 
 use crate::activation::{QuantizedRow, quantize_row};
@@ -47,6 +48,15 @@ impl Rows {
 pub struct Linear {
     matrix: TernaryMatrix,
     precision: ActivationPrecision,
+}
+
+impl Weigh for Linear {
+    /// A byte for each code.
+    fn weight_bytes(&self) -> WeightBytes {
+        let codes = self.matrix.rows() * self.matrix.cols();
+        let own = codes + size_of_val(self.matrix.scale().values());
+        WeightBytes { mapped: 0, own: own as u64 }
+    }
 }
 
 /// Keys and values, one slot per block, layer, side (key or value), token and head.
@@ -203,6 +213,10 @@ impl Backend for ReferenceBackend {
 
     fn name(&self) -> String {
         "reference".to_owned()
+    }
+
+    fn replica(&self) -> Result<Self, Error> {
+        Ok(ReferenceBackend)
     }
 
     fn load_vector(&self, values: &[f32]) -> Result<Vec<f32>, Error> {

@@ -86,7 +86,7 @@ fn load_options(args: &FileArgs) -> LoadOptions {
         ActivationsChoice::Int8 => ActivationPrecision::Int8,
         ActivationsChoice::F32 => ActivationPrecision::F32,
     });
-    LoadOptions { i2s_layout, precision }
+    LoadOptions { i2s_layout, precision, ..LoadOptions::default() }
 }
 
 /// Loads a model to run it.

@@ -8,6 +8,7 @@
 //! no bit depends on the decision.
 
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use bitnet_core::backend::Activation;
 use bitnet_quant::activation::QuantizedRow;
@@ -61,7 +62,7 @@ impl Compute {
         let mut scratch = self.scratch();
         let Scratch { inputs: room, planes, column_sums, group_sums, threads, .. } = &mut *scratch;
         let inputs = self.prepare(x, rows, norm, &[ffn.gate, ffn.up], room, threads);
-        let (start, skipped) = (self.profile.start(), self.counts.read().up_rows_skipped);
+        let (start, skipped) = (self.profile.start(), AtomicUsize::new(0));
         let by_row = ffn.up.by_row().filter(|_| rows == 1);
         let planes = at_least(planes, by_row.map_or(0, |_| planes_len(inputs.quantized.len())));
         if by_row.is_some() {
@@ -82,7 +83,8 @@ impl Compute {
             self.strip(gate_task, inputs, own, &mut gate);
             match by_row {
                 Some(matrix) => {
-                    self.up_rows(ffn, matrix, inputs, planes, own, gate.row(0), &mut up);
+                    let dead = self.up_rows(ffn, matrix, inputs, planes, own, gate.row(0), &mut up);
+                    skipped.fetch_add(dead, Ordering::Relaxed);
                 }
                 None => self.strip(up_task, inputs, own, &mut up),
             }
@@ -91,7 +93,7 @@ impl Compute {
             }
         });
         self.profile.note(start, || {
-            let skipped = (self.counts.read().up_rows_skipped - skipped) as usize;
+            let skipped = skipped.into_inner();
             let bytes = ffn.gate.byte_len() + ffn.up.byte_len();
             Call {
                 shape: Some([x.cols(), 2 * width]),
@@ -117,7 +119,7 @@ impl Compute {
     }
 
     /// Rows of `up` by themselves for one token: those with a live gate, or all of the strip. What
-    /// the others get is of no use.
+    /// the others get is of no use. Returns how many were left out.
     #[allow(clippy::too_many_arguments)] // a part of a closure
     fn up_rows(
         &self,
@@ -128,7 +130,7 @@ impl Compute {
         own: &mut ThreadScratch,
         gate: &[f32],
         up: &mut Strip<'_>,
-    ) {
+    ) -> usize {
         let rows = up.columns();
         let ThreadScratch { live_rows, live_sums, row_sums: sums, .. } = own;
         let first = rows.start as u32;
@@ -162,7 +164,9 @@ impl Compute {
             // A code is a weight plus 1.
             sums[(row - first) as usize] = acc - sum;
         }
+        let left_out = sums.len() - live;
         self.kernels.scale_outputs(sums, scale, ffn.up.output_scale(rows), up.row(0));
+        left_out
     }
 
     /// `down` of one token from the columns that meet an input that is not zero.

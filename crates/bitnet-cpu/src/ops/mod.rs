@@ -10,7 +10,7 @@ mod table;
 pub(crate) use ffn::Ffn;
 
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitnet_core::{ShortcutCounts, Shortcuts};
 use bitnet_quant::activation::QuantizedRow;
@@ -29,8 +29,10 @@ pub(crate) struct Compute {
     pub(crate) kernels: &'static Kernels,
     pub(crate) pool: ThreadPool,
     pub(crate) shortcuts: Shortcuts,
-    pub(crate) counts: Counts,
-    pub(crate) profile: Profile,
+    /// Shared by replicas.
+    pub(crate) counts: Arc<Counts>,
+    /// As well.
+    pub(crate) profile: Arc<Profile>,
     scratch: Mutex<Scratch>,
 }
 
@@ -118,11 +120,12 @@ impl Compute {
         kernels: &'static Kernels,
         pool: ThreadPool,
         shortcuts: Shortcuts,
-        profile: Profile,
+        counts: Arc<Counts>,
+        profile: Arc<Profile>,
     ) -> Self {
         let threads = (0..pool.threads()).map(|_| Mutex::default()).collect();
         let scratch = Mutex::new(Scratch { threads, ..Scratch::default() });
-        Compute { kernels, pool, shortcuts, counts: Counts::default(), profile, scratch }
+        Compute { kernels, pool, shortcuts, counts, profile, scratch }
     }
 
     /// The scratch of the one operation that runs.

@@ -13,7 +13,7 @@ use bitnet_core::backend::{Activation, Backend, KvType, Span};
 use bitnet_core::{Candidate, Keep, Pick, ShortcutCounts};
 use bitnet_cpu::CpuBackend;
 use bitnet_model::config::ModelConfig;
-use bitnet_model::decoder::{Decoder, Step, Workspace};
+use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 use bitnet_model::formats::Tensors;
 use bitnet_model::shapes::Shape;
 use bitnet_model::source;
@@ -178,7 +178,7 @@ impl<B: Backend> Bench<B> {
             (first..first + blocks as u32).collect()
         };
         Ok(Sequences {
-            kv: self.decoder.backend().kv_allocate(layout, blocks * batch)?,
+            kv: self.decoder.kv_allocate(layout, blocks * batch)?,
             workspace: self.decoder.workspace(DEFAULT_CHUNK.max(batch), batch)?,
             tables: (0..batch).map(table).collect(),
         })
@@ -203,7 +203,7 @@ impl<B: Backend> Bench<B> {
             .iter()
             .flat_map(|table| first.iter().copied().zip(table.iter().copied()).take(used))
             .collect();
-        self.decoder.backend().kv_copy(&mut sequences.kv, &pairs);
+        self.decoder.kv_copy(&mut sequences.kv, &pairs);
         Ok(())
     }
 
@@ -272,7 +272,7 @@ impl<B: Backend> Bench<B> {
             let blocks = &tables[*sequence][..];
             spans.push(Span { rows: first..tokens.len(), position: positions.start, blocks });
         }
-        self.decoder.forward(&Step { tokens: &tokens, spans: &spans }, kv, workspace);
+        self.decoder.forward(&Step { tokens: &tokens, spans: &spans }, kv, workspace)?;
         if self.costs.head_rows == 0 {
             // An embedding model's result is the hidden state.
             return Ok(self.decoder.final_states(workspace, &mut generated.logits)?);
@@ -290,7 +290,7 @@ impl<B: Backend> Bench<B> {
 
 /// Sequences with keys and values of their own.
 pub struct Sequences<B: Backend> {
-    kv: B::Kv,
+    kv: Kv<B>,
     workspace: Workspace<B>,
     /// Each sequence's blocks.
     tables: Vec<Vec<u32>>,

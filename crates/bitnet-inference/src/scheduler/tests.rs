@@ -47,7 +47,7 @@ impl Engine {
         const PLACES: usize = 12;
         let cache = KvCache::new(block_tokens, blocks, reuse);
         Engine {
-            places: Places::new(PLACES),
+            places: Places::new(PLACES, 1),
             scheduler: Scheduler::new(cache, limits, PLACES),
             keys: vec![0; blocks * block_tokens],
             block_tokens,
@@ -55,7 +55,7 @@ impl Engine {
     }
 
     fn submit(&mut self, prompt: &[u32], count: usize, standing: Standing) -> usize {
-        let place = self.places.enter().unwrap();
+        let place = self.places.enter(|_| false).unwrap();
         let request = Request { expected: alone(prompt, count), _place: place };
         let most_tokens = prompt.len() + count - 1;
         self.scheduler.submit(request, prompt.to_vec(), most_tokens, standing)
@@ -343,11 +343,26 @@ fn deadlines_are_compared_with_the_time_that_is_handed_in() {
 
 #[test]
 fn a_full_house_refuses_until_somebody_leaves() {
-    let places = Places::new(2);
-    let first = places.enter().unwrap();
-    let _second = places.enter().unwrap();
-    assert_eq!(places.enter().unwrap_err(), QueueFull { limit: 2 });
+    let places = Places::new(2, 1);
+    let first = places.enter(|_| false).unwrap();
+    let _second = places.enter(|_| false).unwrap();
+    assert_eq!(places.enter(|_| false).unwrap_err(), QueueFull { limit: 2 });
     drop(first);
-    assert!(places.enter().is_ok());
+    assert!(places.enter(|_| false).is_ok());
     assert_eq!(places.taken(), 1);
+}
+
+#[test]
+fn a_request_goes_to_the_replica_with_the_fewest_that_has_not_ended() {
+    let places = Places::new(5, 3);
+    let at = |ended: &[usize]| places.enter(|replica| ended.contains(&replica)).unwrap();
+    let first = at(&[]);
+    let second = at(&[]);
+    assert_eq!((first.replica(), second.replica()), (0, 1));
+    drop(first);
+    let others = [at(&[0]), at(&[0]), at(&[0, 1, 2])];
+    assert_eq!(others.each_ref().map(Place::replica), [2, 1, 0]);
+    assert!(places.enter(|_| false).is_ok(), "the limit is one for all");
+    let _last = at(&[]);
+    assert_eq!(places.enter(|_| false).unwrap_err(), QueueFull { limit: 5 });
 }

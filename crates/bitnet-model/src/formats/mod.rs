@@ -14,6 +14,7 @@ pub mod safetensors;
 mod zip;
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::path::{Path, PathBuf};
 
 use bitnet_core::Tensor;
@@ -82,6 +83,17 @@ impl Tensors {
         self.files.iter().rposition(|file| file == path).unwrap_or_else(|| {
             self.files.push(path.to_owned());
             self.files.len() - 1
+        })
+    }
+
+    /// How many tensors have names that begin with `prefix`, and the bytes of those that can be
+    /// used.
+    pub fn size(&self, prefix: &str) -> (usize, u64) {
+        let entries = self.entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
+        let entries = entries.take_while(|(name, _)| name.starts_with(prefix));
+        entries.fold((0, 0), |(count, bytes), (_, entry)| {
+            let more = entry.tensor.as_ref().map_or(0, |tensor| tensor.data().len() as u64);
+            (count + 1, bytes + more)
         })
     }
 
@@ -211,6 +223,20 @@ mod tests {
         assert!(endless.contains("1025 bytes") && endless.len() < 250, "{endless}");
         assert_eq!(tensors.path_of("w"), Some(a));
         assert_eq!(tensors.len(), 1);
+    }
+
+    #[test]
+    fn sizes_are_those_of_all_names_with_a_prefix() {
+        let mut tensors = Tensors::default();
+        for (name, len) in [("a.1", 1), ("a.1.x", 2), ("a.10", 4), ("b", 8)] {
+            let tensor = Tensor::from_f32(vec![len], &vec![0.0; len]);
+            tensors.insert(Path::new("f"), name.into(), Ok(tensor)).unwrap();
+        }
+        tensors.insert(Path::new("f"), "a.1.y".into(), Err("has type X".into())).unwrap();
+        assert_eq!(tensors.size(""), (5, 4 * 15));
+        assert_eq!(tensors.size("a.1"), (4, 4 * 7));
+        assert_eq!(tensors.size("a.1."), (2, 4 * 2));
+        assert_eq!(tensors.size("c"), (0, 0));
     }
 
     #[test]

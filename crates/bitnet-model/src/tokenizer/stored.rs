@@ -3,6 +3,7 @@
 //! longer matters.
 
 use bitnet_core::Tensor;
+use bitnet_core::mmap::{is_mapped, unmapped};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokenizers::AddedToken;
@@ -75,6 +76,28 @@ impl Tokenizer {
         let added = self.added_tokens.clone();
         let settings = Settings { segmentation, added, ends: self.ends.clone() };
         StoredTokenizer { settings: as_json(&settings).to_string(), tables }
+    }
+
+    /// Moves tables that lie in a mapped file into memory, so that the file is not needed any more.
+    ///
+    /// # Errors
+    /// If the memory cannot be had.
+    pub fn unmap(&mut self) -> Result<(), TokenizerError> {
+        let StoredTokenizer { settings, mut tables } = self.to_stored();
+        if !tables.iter().any(|(_, table)| is_mapped(table.data())) {
+            return Ok(());
+        }
+        for (_, table) in &mut tables {
+            let bytes = unmapped(table.data())
+                .map_err(|error| TokenizerError::vocabulary(error.to_string()))?;
+            *table = Tensor::new(table.dtype(), table.shape().to_vec(), bytes)
+                .expect("a copy has the same length");
+        }
+        let table = |name: &str| {
+            tables.iter().find(|(called, _)| *called == name).map(|(_, table)| table.clone())
+        };
+        *self = Self::from_stored(&settings, table)?;
+        Ok(())
     }
 
     /// A tokenizer from its parts in a file. The tables are used where they lie, unread: numbers in

@@ -1,17 +1,21 @@
 //! Finds the parts of a decoder among the tensors of a checkpoint, checks and decodes them.
 
 use std::collections::BTreeSet;
+use std::ops::{ControlFlow, Range};
 use std::path::Path;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
 
 use bitnet_core::backend::{ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
+use bitnet_core::mmap::unmapped;
 use bitnet_core::{DType, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
 use bitnet_quant::packing::{self, blocks::decode_row, tile};
 use bitnet_quant::ternary;
 use rayon::prelude::*;
 
 use super::places::{LinearPlace, SCREEN, linears, norms};
-use super::{LoadOptions, Tables};
+use super::{LoadOptions, Tables, packed_bytes};
 use crate::config::{LayerConfig, ModelConfig, Precision, TensorNames, WeightRule};
 use crate::decoder::Layer;
 use crate::error::Error;
@@ -254,7 +258,91 @@ impl<'a> Loader<'a> {
         }
     }
 
-    pub(super) fn layer<B: Backend>(
+    /// Bytes of a layer's ternary weights.
+    pub(super) fn layer_bytes(&self, layer: usize) -> u64 {
+        match self.is_tiled() {
+            true => self.tensors.size(&self.module(layer, "")).1,
+            false => packed_bytes(self.config) / self.config.layers.len() as u64,
+        }
+    }
+
+    /// All layers, each on the backend of its stage. `done` hears on this thread which one is there,
+    /// in any order, and can end the loading.
+    pub(super) fn layers<B: Backend>(
+        &self,
+        backends: &[B],
+        stages: &[Range<usize>],
+        precision: ActivationPrecision,
+        mut done: impl FnMut(usize) -> ControlFlow<()>,
+    ) -> Result<Vec<Layer<B>>, Error> {
+        // Few threads: each holds one unpacked matrix, and the total is promised to stay small.
+        let threads = rayon::ThreadPoolBuilder::new()
+            .num_threads(std::thread::available_parallelism().map_or(1, |n| n.get().min(4)))
+            .build()
+            .map_err(|error| {
+                Error::file(self.path, format!("cannot start loading threads: {error}"))
+            })?;
+        let cancelled = AtomicBool::new(false);
+        let (sender, results) = channel();
+        let mut layers: Vec<_> = self.config.layers.iter().map(|_| None).collect();
+        threads.in_place_scope(|scope| {
+            for (backend, range) in backends.iter().zip(stages) {
+                for index in range.clone() {
+                    let (sender, cancelled) = (sender.clone(), &cancelled);
+                    scope.spawn(move |_| {
+                        if !cancelled.load(Ordering::Relaxed) {
+                            let kind = self.config.layers[index];
+                            let layer = self.layer(backend, index, kind, precision);
+                            // The receiver waits for every layer.
+                            let _ = sender.send((index, layer));
+                        }
+                    });
+                }
+            }
+            drop(sender);
+            for (index, layer) in results {
+                layers[index] = Some(layer);
+                if !cancelled.load(Ordering::Relaxed) && done(index).is_break() {
+                    cancelled.store(true, Ordering::Relaxed);
+                }
+            }
+        });
+        if cancelled.into_inner() {
+            return Err(Error::Cancelled { path: self.path.to_owned() });
+        }
+        // The first layer's error is the one that is told, whichever thread was first.
+        layers.into_iter().map(|layer| layer.expect("all of them were loaded")).collect()
+    }
+
+    /// A tensor as it is to be kept.
+    pub(super) fn kept(&self, tensor: Tensor) -> Result<Tensor, Error> {
+        if !self.options.in_memory {
+            return Ok(tensor);
+        }
+        let bytes = unmapped(tensor.data())?;
+        Ok(Tensor::new(tensor.dtype(), tensor.shape().to_vec(), bytes)?)
+    }
+
+    /// A screen as it is to be kept.
+    pub(super) fn kept_screen(&self, screen: Screen) -> Result<Screen, Error> {
+        if !self.options.in_memory {
+            return Ok(screen);
+        }
+        Ok(Screen::new(screen.rows(), screen.cols(), unmapped(screen.data())?)?)
+    }
+
+    /// A matrix as it is to be kept.
+    fn kept_matrix(&self, matrix: TiledMatrix) -> Result<TiledMatrix, Error> {
+        if !self.options.in_memory {
+            return Ok(matrix);
+        }
+        let tiles = unmapped(matrix.tiles())?;
+        let columns = matrix.columns().map(unmapped).transpose()?;
+        let (rows, cols, order) = (matrix.rows(), matrix.cols(), matrix.order());
+        Ok(TiledMatrix::new(rows, cols, matrix.scale().clone(), order, tiles, columns)?)
+    }
+
+    fn layer<B: Backend>(
         &self,
         backend: &B,
         index: usize,
@@ -315,7 +403,7 @@ impl<'a> Loader<'a> {
         };
         let weight = if self.is_tiled() {
             let module = self.module(layer, name);
-            let matrix = self.tiled(&module, rows, cols)?;
+            let matrix = self.kept_matrix(self.tiled(&module, rows, cols)?)?;
             backend
                 .load_tiled(&matrix, precision)
                 .map_err(|error| self.error(&format!("{module}.tiles"), error))?

@@ -7,18 +7,19 @@ mod loader;
 mod places;
 
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 use bitnet_core::backend::{ActivationPrecision, Backend, Norm};
 use bitnet_core::{DType, Tensor, TernaryMatrix, budget};
 use bitnet_quant::packing::i2_s::I2sLayout;
 use bitnet_quant::screen;
-use rayon::prelude::*;
 
 use crate::config::ModelConfig;
-use crate::decoder::Decoder;
+use crate::decoder::{Decoder, Weights};
 use crate::error::Error;
 use crate::formats::Tensors;
+use crate::pipeline;
 
 pub(crate) use loader::Loader;
 use places::linears;
@@ -31,6 +32,28 @@ pub struct LoadOptions {
     pub i2s_layout: I2sLayout,
     /// How linear layers take their input, against what the file or its form says.
     pub precision: Option<ActivationPrecision>,
+    /// Copies into memory what would stay in the mapped files.
+    pub in_memory: bool,
+}
+
+/// How far loading has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LoadProgress {
+    /// Tensors of the files that are done.
+    pub tensors: usize,
+    /// Tensors of the files in all.
+    pub total_tensors: usize,
+    /// Bytes of the tensors that are done, as the files hold them.
+    pub bytes: u64,
+    /// Bytes of all tensors.
+    pub total_bytes: u64,
+}
+
+impl LoadProgress {
+    fn add(&mut self, (tensors, bytes): (usize, u64)) {
+        self.tensors += tensors;
+        self.bytes += bytes;
+    }
 }
 
 /// Loads a decoder. `path` is the model's, for error messages; what was decided for want of a word
@@ -45,55 +68,113 @@ pub fn load<B: Backend>(
     options: LoadOptions,
     notes: &mut Vec<String>,
 ) -> Result<Decoder<B>, Error> {
-    let loader = Loader::new(path, config, tensors, options);
-    if !loader.is_tiled() {
-        budget::require(&format!("loading {}", path.display()), packed_bytes(config))?;
-    }
-    let precision = loader.precision(notes)?;
+    let progress = &mut |_| ControlFlow::Continue(());
+    load_stages(vec![backend], path, config, tensors, options, notes, progress)
+}
 
+/// As [`load`], in as many stages as there are backends, such that the fullest stage holds as few
+/// bytes of layers, tables and screen as can be. `progress` is called on this thread after each layer and when
+/// everything is done, and can end the loading.
+///
+/// # Errors
+/// As [`load`]; [`Error::Devices`] if there are no backends, or more of them than layers;
+/// [`Error::Cancelled`] if `progress` said so.
+pub fn load_stages<B: Backend>(
+    backends: Vec<B>,
+    path: &Path,
+    config: &ModelConfig,
+    tensors: &Tensors,
+    options: LoadOptions,
+    notes: &mut Vec<String>,
+    progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
+) -> Result<Decoder<B>, Error> {
+    let layers = config.layers.len();
+    let (Some(first), Some(last)) = (backends.first(), backends.last()) else {
+        return Err(Error::Devices { path: path.to_owned(), layers, devices: 0 });
+    };
+    if backends.len() > layers {
+        return Err(Error::Devices { path: path.to_owned(), layers, devices: backends.len() });
+    }
+    let loader = Loader::new(path, config, tensors, options);
     let Tables { embedding, head } = loader.tables()?;
+    let needed = match (options.in_memory, loader.is_tiled()) {
+        (true, _) => least_bytes(path, config, tensors)?,
+        (false, true) => 0,
+        (false, false) => packed_bytes(config),
+    };
+    budget::require(&format!("loading {}", path.display()), needed)?;
+    let precision = loader.precision(notes)?;
     if !loader.is_tiled() {
         loader.check_tables(&embedding, head.as_ref())?;
     }
-    let weight = backend.load_vector(&loader.final_norm()?)?;
-    let final_norm = Norm { weight, eps: config.norm_eps };
-    // Few threads: each holds one unpacked matrix, and the total is promised to stay small.
-    let threads = rayon::ThreadPoolBuilder::new()
-        .num_threads(std::thread::available_parallelism().map_or(1, |n| n.get().min(4)))
-        .build()
-        .map_err(|error| Error::file(path, format!("cannot start loading threads: {error}")))?;
-    let layers = threads.install(|| {
-        config
-            .layers
-            .par_iter()
-            .enumerate()
-            .map(|(index, kind)| loader.layer(&backend, index, *kind, precision))
-            .collect::<Vec<_>>()
-    });
-    // The first layer's error is the one that is told, whichever thread was first.
-    let layers = layers.into_iter().collect::<Result<Vec<_>, _>>()?;
     let stored_screen = loader.screen(embedding.rows())?;
+    let makes_screen = stored_screen.is_none() && last.wants_screen() && config.pooling.is_none();
+
+    let screen_bytes = match &stored_screen {
+        Some(screen) => screen.data().len(),
+        None if makes_screen => {
+            bitnet_core::screen::byte_len(embedding.rows(), embedding.cols()).unwrap_or(0)
+        }
+        None => 0,
+    };
+    let head_bytes = head.as_ref().unwrap_or(&embedding).data().len();
+    let layer_bytes: Vec<u64> = (0..layers).map(|layer| loader.layer_bytes(layer)).collect();
+    let stages = pipeline::cut(
+        &layer_bytes,
+        embedding.data().len() as u64,
+        (head_bytes + screen_bytes) as u64,
+        backends.len(),
+    );
+
+    let weight = last.load_vector(&loader.final_norm()?)?;
+    let final_norm = Norm { weight, eps: config.norm_eps };
+    let (total_tensors, total_bytes) = tensors.size("");
+    let mut done = LoadProgress { tensors: 0, total_tensors, bytes: 0, total_bytes };
+    let layers = loader.layers(&backends, &stages, precision, |layer| {
+        done.add(tensors.size(&loader.module(layer, "")));
+        progress(done)
+    })?;
     loader.refuse_unknown()?;
     let inverse_frequencies =
         config.ropes.iter().map(|rope| rope.inverse_frequencies(config.head_size)).collect();
     let screen = match stored_screen {
-        Some(screen) => backend.load_screen(&screen)?,
-        None if backend.wants_screen() && config.pooling.is_none() => {
-            backend.load_screen(&screen::build(head.as_ref().unwrap_or(&embedding))?)?
+        Some(screen) => last.load_screen(&loader.kept_screen(screen)?)?,
+        None if makes_screen => {
+            last.load_screen(&screen::build(head.as_ref().unwrap_or(&embedding))?)?
         }
         None => None,
     };
-    Ok(Decoder {
+    let embedding = loader.kept(embedding)?;
+    let head = match head {
+        Some(head) => Some(last.load_table(&loader.kept(head)?)?),
+        // The last stage cannot reach what is on the first.
+        None if backends.len() > 1 => Some(last.load_table(&embedding)?),
+        None => None,
+    };
+    let weights = Weights {
         vocab_size: embedding.rows(),
-        embedding: backend.load_table(&embedding)?,
-        head: head.map(|head| backend.load_table(&head)).transpose()?,
+        embedding: first.load_table(&embedding)?,
+        head,
         screen,
         final_norm,
         layers,
+        stages,
         inverse_frequencies,
         config: config.clone(),
-        backend,
-    })
+    };
+    let all = LoadProgress { tensors: total_tensors, bytes: total_bytes, ..done };
+    match progress(all) {
+        ControlFlow::Continue(()) => Ok(Decoder::new(backends, weights)),
+        ControlFlow::Break(()) => Err(Error::Cancelled { path: path.to_owned() }),
+    }
+}
+
+/// Bytes that the weights of a checkpoint take at least, mapped or not: the ternary ones at two bits
+/// each, and the tables as they are stored.
+pub fn least_bytes(path: &Path, config: &ModelConfig, tensors: &Tensors) -> Result<u64, Error> {
+    let Tables { embedding, head } = tables(path, config, tensors)?;
+    let tables = embedding.data().len() + head.map_or(0, |head| head.data().len());
+    Ok(packed_bytes(config).saturating_add(tables as u64))
 }
 
 /// Number of ternary weights, from the description alone.

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use bitnet_core::backend::{Backend, KvType, Span};
-use bitnet_model::decoder::{Decoder, Stage, Step};
+use bitnet_model::decoder::{Decoder, Point, Step};
 use bitnet_model::source;
 use bitnet_model::weights::{self, LoadOptions};
 use bitnet_testing::golden::{GoldenModel, deviation, largest_difference};
@@ -29,10 +29,10 @@ pub fn load<B: Backend>(backend: B, path: &Path) -> Decoder<B> {
 pub fn all_logits<B: Backend>(decoder: &Decoder<B>, ids: &[u32]) -> Vec<Vec<f32>> {
     let blocks: Vec<u32> = (0..ids.len().div_ceil(16) as u32).collect();
     let layout = decoder.kv_layout(KvType::F32, 16);
-    let mut kv = decoder.backend().kv_allocate(layout, blocks.len()).unwrap();
+    let mut kv = decoder.kv_allocate(layout, blocks.len()).unwrap();
     let mut workspace = decoder.workspace(ids.len(), ids.len()).unwrap();
     let spans = [Span { rows: 0..ids.len(), position: 0, blocks: &blocks }];
-    decoder.forward(&Step { tokens: ids, spans: &spans }, &mut kv, &mut workspace);
+    decoder.forward(&Step { tokens: ids, spans: &spans }, &mut kv, &mut workspace).unwrap();
     let picks: Vec<usize> = (0..ids.len()).collect();
     let mut logits = Vec::new();
     decoder.logits(&mut workspace, &picks, &mut logits).unwrap();
@@ -57,26 +57,28 @@ pub fn check_hidden<B: Backend>(
     let ids = &golden.prompts[1].ids;
     let blocks: Vec<u32> = (0..ids.len().div_ceil(16) as u32).collect();
     let layout = decoder.kv_layout(KvType::F32, 16);
-    let mut kv = decoder.backend().kv_allocate(layout, blocks.len()).unwrap();
+    let mut kv = decoder.kv_allocate(layout, blocks.len()).unwrap();
     let mut workspace = decoder.workspace(ids.len(), 1).unwrap();
     let spans = [Span { rows: 0..ids.len(), position: 0, blocks: &blocks }];
     let step = Step { tokens: ids, spans: &spans };
     let mut seen = 0;
-    decoder.forward_observed(&step, &mut kv, &mut workspace, |stage, buffer| {
-        let tensor = match stage {
-            Stage::Embedding => "hidden.embed".to_owned(),
-            Stage::Attention(layer) => format!("attn_out.layer.{layer}"),
-            Stage::FeedForwardInput(_) => return,
-            Stage::FeedForward(layer) => format!("mlp_out.layer.{layer}"),
-            Stage::Layer(layer) => format!("hidden.layer.{layer}"),
-        };
-        let Some(reference) = golden.f32(&tensor) else { return };
-        let mut ours = Vec::new();
-        decoder.backend().read(buffer, ids.len(), &mut ours).unwrap();
-        let what = format!("{name} {tensor}");
-        assert_near(&what, &ours, &reference, tolerance * deviation(&reference));
-        seen += 1;
-    });
+    decoder
+        .forward_observed(&step, &mut kv, &mut workspace, |point, buffer| {
+            let tensor = match point {
+                Point::Embedding => "hidden.embed".to_owned(),
+                Point::Attention(layer) => format!("attn_out.layer.{layer}"),
+                Point::FeedForwardInput(_) => return,
+                Point::FeedForward(layer) => format!("mlp_out.layer.{layer}"),
+                Point::Layer(layer) => format!("hidden.layer.{layer}"),
+            };
+            let Some(reference) = golden.f32(&tensor) else { return };
+            let mut ours = Vec::new();
+            decoder.backend().read(buffer, ids.len(), &mut ours).unwrap();
+            let what = format!("{name} {tensor}");
+            assert_near(&what, &ours, &reference, tolerance * deviation(&reference));
+            seen += 1;
+        })
+        .unwrap();
     if let Some(reference) = golden.f32("hidden.final_norm") {
         let mut ours = Vec::new();
         decoder.final_states(&mut workspace, &mut ours).unwrap();
