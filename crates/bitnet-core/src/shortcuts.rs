@@ -14,14 +14,19 @@ pub struct Shortcuts {
     /// Using the keys and values of a prefix for every request that begins with it: taken by engines,
     /// not by backends.
     pub prefix: bool,
+    /// Guessing tokens that are computed together with the last one, for requests that ask for it:
+    /// taken by engines, not by backends.
+    pub speculation: bool,
 }
 
 impl Shortcuts {
     /// Every shortcut.
-    pub const ALL: Shortcuts = Shortcuts { sparsity: true, head: true, prefix: true };
+    pub const ALL: Shortcuts =
+        Shortcuts { sparsity: true, head: true, prefix: true, speculation: true };
 
     /// No shortcut.
-    pub const NONE: Shortcuts = Shortcuts { sparsity: false, head: false, prefix: false };
+    pub const NONE: Shortcuts =
+        Shortcuts { sparsity: false, head: false, prefix: false, speculation: false };
 
     /// Name of the environment variable that turns shortcuts off.
     pub const VARIABLE: &str = "BITNET_SHORTCUTS";
@@ -69,6 +74,7 @@ impl FromStr for Shortcuts {
                 "sparsity" => shortcuts.sparsity = false,
                 "head" => shortcuts.head = false,
                 "prefix" => shortcuts.prefix = false,
+                "speculation" => shortcuts.speculation = false,
                 other => return Err(UnknownShortcut(other.escape_debug().to_string())),
             }
         }
@@ -115,7 +121,8 @@ mod tests {
         assert_eq!("".parse(), Ok(Shortcuts::ALL));
         assert_eq!("off".parse(), Ok(Shortcuts::NONE));
         assert_eq!("head".parse(), Ok(Shortcuts { head: false, ..Shortcuts::ALL }));
-        assert_eq!("head, sparsity,prefix".parse(), Ok(Shortcuts::NONE));
+        assert_eq!("speculation".parse(), Ok(Shortcuts { speculation: false, ..Shortcuts::ALL }));
+        assert_eq!("head, sparsity,prefix,speculation".parse(), Ok(Shortcuts::NONE));
         let error = "head,magic".parse::<Shortcuts>().unwrap_err().to_string();
         assert!(error.contains("`magic` in BITNET_SHORTCUTS"), "{error}");
     }

@@ -52,7 +52,8 @@ pub enum OptimizationLevel {
     None,
     /// The best instructions of this CPU, and no shortcuts.
     Basic,
-    /// Every exact shortcut as well: zeros left out, the screened head, prefixes used again.
+    /// Every exact shortcut as well: zeros left out, the screened head, prefixes used again, and
+    /// speculation where a generation asks for it.
     #[default]
     Aggressive,
 }
@@ -85,6 +86,7 @@ pub struct InferenceEngineBuilder {
     /// `None`: what the preset says, or half of the available memory if that is less.
     memory_pool: Option<MemorySize>,
     options: EngineOptions,
+    pub(crate) draft_model: Option<String>,
     pub(crate) processors: Vec<ProcessorFactory>,
 }
 
@@ -117,6 +119,7 @@ impl InferenceEngineBuilder {
                 queue,
                 ..EngineOptions::default()
             },
+            draft_model: None,
             processors: Vec::new(),
         }
     }
@@ -184,6 +187,28 @@ impl InferenceEngineBuilder {
         self
     }
 
+    /// A smaller model of the same vocabulary that guesses for generations whose
+    /// [`speculation`](crate::GenerationParams::speculation) asks for it: `tiny`, a directory or a
+    /// file. It is loaded as the model is, and shares the memory for keys and values.
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, Speculation};
+    ///
+    /// // A real draft is smaller than the model: this one is always right, and saves nothing.
+    /// let mut engine = InferenceEngine::builder().draft_model("tiny").build()?;
+    /// engine.load_model("tiny")?;
+    /// let speculation = Some(Speculation::draft_model());
+    /// let params = GenerationParams { speculation, ..GenerationParams::default() };
+    /// engine.generate("Once upon a time", params).wait()?;
+    /// let statistics = engine.statistics()?;
+    /// assert_eq!(statistics.accepted_tokens, statistics.proposed_tokens);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn draft_model(mut self, model: impl Into<String>) -> Self {
+        self.draft_model = Some(model.into());
+        self
+    }
+
     /// Applies a [`LogitsProcessor`] to every generation, after those that were added before. `make` makes one
     /// for each.
     pub fn logits_processor<P: LogitsProcessor + 'static>(
@@ -246,6 +271,7 @@ impl fmt::Debug for InferenceEngineBuilder {
             .field("optimization", &self.optimization)
             .field("memory_pool", &self.memory_pool)
             .field("options", &self.options)
+            .field("draft_model", &self.draft_model)
             .field("processors", &self.processors.len())
             .finish()
     }

@@ -1,8 +1,9 @@
 //! The step loop: many requests on one model.
 //!
 //! One thread owns the decoder's workspace, the KV store and the scheduler. It takes in what was
-//! submitted, puts a step together, runs the decoder once over all sequences of the step, samples
-//! a token for each that has computed all of its own, and sends it. It awaits nothing and takes no
+//! submitted, puts a step together, lets those propose tokens that speculate, runs the decoder once
+//! over all sequences of the step, samples a token for each that has computed all of its own (and
+//! for as many more as were proposed right), and sends it. It awaits nothing and takes no
 //! lock but those by which the kernels' threads share an operation. Between two admissions it
 //! allocates nothing: room for tokens, block tables and events is made when a request comes in.
 //!
@@ -11,24 +12,28 @@
 
 use std::any::Any;
 use std::collections::BTreeSet;
-use std::iter::Sum;
+use std::iter::{self, Sum};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use bitnet_core::backend::{Backend, KvType, Span};
-use bitnet_core::{Error as CoreError, Pick};
-use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
+use bitnet_core::backend::KvType;
+use bitnet_core::{Error as CoreError, Shortcuts};
 
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
 use crate::kv_cache::{KvCache, KvStatistics};
 use crate::request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
-use crate::sampler::{Candidate, Candidates, InvalidParameter, Sampled, Sampler, Selection};
-use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing, Work};
-use crate::session::{DEFAULT_CHUNK, PICKS, check_tokens};
+use crate::runner::{Part, Room, Runner};
+use crate::sampler::{
+    Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, Selection,
+};
+use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing};
+use crate::session::{AnyDecoder, DEFAULT_CHUNK, check_tokens};
+use crate::speculation::draft::{Draft, DraftTable};
+use crate::speculation::{Proposer, Source, Speculating, Speculation};
 use crate::stream::{EventSender, TokenStream};
 
 /// How an engine is set up. None of these changes a token, but the KV type.
@@ -43,8 +48,8 @@ pub struct EngineOptions {
     pub step_tokens: usize,
     /// Requests that may wait, at all replicas together, besides those that run.
     pub queue: usize,
-    /// Most bytes of keys and values, of which each replica has an equal part. Storage that was
-    /// never used takes none.
+    /// Most bytes of keys and values, those of a draft model included, of which each replica has an
+    /// equal part. Storage that was never used takes none.
     pub kv_bytes: u64,
     /// Storage of keys and values.
     pub kv_type: KvType,
@@ -94,14 +99,20 @@ pub struct EngineStatistics {
     pub waiting: usize,
     /// Steps since the start.
     pub steps: u64,
-    /// Tokens computed in these steps.
+    /// Tokens computed in these steps, proposed ones included.
     pub computed_tokens: u64,
     /// Tokens generated.
     pub output_tokens: u64,
+    /// Tokens that speculation proposed.
+    pub proposed_tokens: u64,
+    /// Of those, tokens that came.
+    pub accepted_tokens: u64,
     /// How often a sequence gave up its blocks, to be computed anew.
     pub preemptions: u64,
     /// The KV blocks.
     pub kv: KvStatistics,
+    /// Those of the draft model; all zero without one.
+    pub draft_kv: KvStatistics,
 }
 
 impl Sum for EngineStatistics {
@@ -114,6 +125,9 @@ impl Sum for EngineStatistics {
             output_tokens: sum.output_tokens + more.output_tokens,
             preemptions: sum.preemptions + more.preemptions,
             kv: [sum.kv, more.kv].into_iter().sum(),
+            draft_kv: [sum.draft_kv, more.draft_kv].into_iter().sum(),
+            proposed_tokens: sum.proposed_tokens + more.proposed_tokens,
+            accepted_tokens: sum.accepted_tokens + more.accepted_tokens,
         })
     }
 }
@@ -132,6 +146,12 @@ struct Handle {
     limits: (usize, usize),
     /// Tokens whose keys and values fit the budget of one replica.
     kv_tokens: usize,
+    /// Tokens per KV block.
+    block_tokens: usize,
+    /// Length of the draft model's context, if there is one.
+    draft_context: Option<usize>,
+    /// Whether requests get the speculation that they ask for.
+    speculation: bool,
 }
 
 /// One of the engine's step loops.
@@ -155,12 +175,13 @@ struct Submission {
 }
 
 /// What the step loop needs of a request.
-struct Active {
+pub(crate) struct Active {
     sampler: Sampler,
     processors: Vec<Box<dyn LogitsProcessor>>,
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
     most_output_tokens: usize,
+    pub(crate) speculating: Option<Speculating>,
     /// Dropped before `events`, whose end says that the place is free.
     place: Place,
     events: EventSender,
@@ -171,10 +192,46 @@ impl Active {
         tokens.len() - self.prompt_tokens
     }
 
-    /// What it needs of the logits after `tokens`, if not all.
-    fn selection(&mut self, tokens: &[u32]) -> Option<Selection<'_>> {
+    /// What it needs of the logits after each of the last `positions` tokens of `tokens`, if not all.
+    pub(crate) fn selection(&mut self, positions: usize, tokens: &[u32]) -> Option<Selection<'_>> {
         let position = self.output_tokens(tokens) as u64;
-        if self.processors.is_empty() { self.sampler.selection(tokens, position) } else { None }
+        let needs_all = !self.processors.is_empty();
+        if needs_all { None } else { self.sampler.selection_of(positions, tokens, position) }
+    }
+
+    /// How many tokens to propose after `tokens`: they and the one after them must find room in the
+    /// ring.
+    fn wish(&mut self, tokens: &[u32]) -> usize {
+        let output_tokens = self.output_tokens(tokens);
+        let room = self.events.room().saturating_sub(1);
+        self.speculating.as_mut().map_or(0, |guesses| guesses.wish(tokens, output_tokens, room))
+    }
+
+    /// The keys and values of the draft model, if that is who guesses.
+    pub(crate) fn draft_table(&mut self) -> Option<&mut DraftTable> {
+        match &mut self.speculating.as_mut()?.source {
+            Source::Draft(table) => Some(table),
+            Source::Lookup(_) => None,
+        }
+    }
+
+    /// Gives back the KV blocks of the draft model.
+    fn release_draft(&mut self, cache: &mut Option<KvCache>) {
+        if let (Some(table), Some(cache)) = (self.draft_table(), cache) {
+            table.release(cache);
+        }
+    }
+
+    /// The token after `tokens` by the logits of another model. Processors are not asked.
+    fn guess(&mut self, tokens: &[u32], logits: Logits<'_>) -> Result<u32, SampleError> {
+        let position = self.output_tokens(tokens) as u64;
+        match logits {
+            Logits::Some(candidates) => {
+                let sampled = self.sampler.sample_candidates(candidates, tokens, position)?;
+                Ok(sampled.token)
+            }
+            Logits::All(logits) => self.sampler.choose(logits, tokens, position),
+        }
     }
 
     /// The token after `tokens`, from some logits or from all of them.
@@ -200,7 +257,8 @@ impl Active {
     }
 }
 
-enum Logits<'a> {
+/// What a token is sampled from.
+pub(crate) enum Logits<'a> {
     Some(&'a [Candidate]),
     All(&'a mut [f32]),
 }
@@ -213,37 +271,67 @@ fn message(panic: &(dyn Any + Send)) -> String {
 }
 
 impl Engine {
-    /// Starts an engine on threads of its own. With `prefix_reuse`, a prefix that was computed for
-    /// one request serves others.
-    pub(crate) fn start<B: Backend>(
-        decoder: Arc<Decoder<B>>,
+    /// Starts an engine on threads of its own, with a draft model of the same vocabulary, if any.
+    /// Of the shortcuts, it takes `prefix` and `speculation`.
+    pub(crate) fn start(
+        model: &dyn AnyDecoder,
+        draft: Option<&dyn AnyDecoder>,
         options: EngineOptions,
-        prefix_reuse: bool,
+        shortcuts: Shortcuts,
     ) -> Result<Self, Error> {
         options.validate()?;
         let EngineOptions { replicas, max_sequences, block_tokens, .. } = options;
-        let context_length = decoder.config().context_length;
+        let step_tokens = options.step_tokens.max(max_sequences);
+        let context_length = model.config().context_length;
+        let draft_context = draft.map(|draft| draft.config().context_length);
+        let draft = draft.filter(|_| shortcuts.speculation);
+        let layout =
+            |model: &dyn AnyDecoder| model.config().kv_layout(options.kv_type, block_tokens);
+        // The stores have the same number of blocks, so that each token has a place in both.
+        let models = iter::once(model).chain(draft);
+        let block_bytes: u64 = models.map(|model| layout(model).block_bytes() as u64).sum();
         // More than all running sequences can ever fill would only be a larger memory of prefixes.
         let useful = max_sequences * context_length.div_ceil(block_tokens);
-        let block_bytes = decoder.kv_layout(options.kv_type, block_tokens).block_bytes();
-        let affordable = options.kv_bytes / replicas as u64 / block_bytes as u64;
+        let affordable = options.kv_bytes / replicas as u64 / block_bytes;
         let blocks = usize::try_from(affordable).unwrap_or(usize::MAX).min(useful);
         let places = replicas * max_sequences + options.queue;
+        let vocab_size = model.vocab_size();
 
         let mut handle = Handle {
             replicas: Vec::with_capacity(replicas),
             places: Places::new(places, replicas),
-            limits: (context_length, decoder.vocab_size()),
+            limits: (context_length, vocab_size),
             kv_tokens: blocks * block_tokens,
+            block_tokens,
+            draft_context,
+            speculation: shortcuts.speculation,
         };
+        let cache = || KvCache::new(block_tokens, blocks, shortcuts.prefix);
         for replica in 0..replicas {
-            let decoder = match replica {
-                0 => Arc::clone(&decoder),
-                _ => Arc::new(decoder.replica()?),
+            let runner = |model: &dyn AnyDecoder| {
+                let layout = layout(model);
+                let room = Room { layout, blocks, tokens: step_tokens, sequences: max_sequences };
+                model.runner(room, replica)
             };
-            let cache = KvCache::new(block_tokens, blocks, prefix_reuse);
             let (mailbox, inbox) = channel();
-            let step_loop = StepLoop::new(decoder, &options, cache, places, inbox)?;
+            let step_loop = StepLoop {
+                inbox,
+                runner: runner(model)?,
+                draft: match draft {
+                    Some(draft) => Some(Draft::new(runner(draft)?, step_tokens, max_sequences)),
+                    None => None,
+                },
+                requests: Requests {
+                    scheduler: Scheduler::new(
+                        cache(),
+                        Limits { max_sequences, step_tokens },
+                        places,
+                    ),
+                    draft_cache: draft.map(|_| cache()),
+                    statistics: EngineStatistics::default(),
+                    candidates: Candidates::with_capacity(vocab_size),
+                },
+            };
             let thread = thread::Builder::new()
                 .name("bitnet-engine".to_owned())
                 .spawn(move || step_loop.run())
@@ -259,8 +347,9 @@ impl Engine {
     ///
     /// # Errors
     /// If the prompt is empty, longer than the context or has an unknown id; a parameter has a
-    /// value that it cannot have; the KV cache could not hold the request even alone; there are
-    /// too many requests; or the engine has stopped.
+    /// value that it cannot have; the KV cache could not hold the request even alone; it asks for
+    /// the guesses of a draft model that is not there; there are too many requests; or the engine has
+    /// stopped.
     pub fn submit(&self, request: Request) -> Result<TokenStream, Error> {
         let Request { prompt, sampling, max_tokens, end_ids, .. } = request;
         let Request { priority, client, deadline, processors, buffer, .. } = request;
@@ -273,7 +362,12 @@ impl Engine {
         if most_tokens > self.handle.kv_tokens {
             return Err(Error::KvBudget { needed: most_tokens, room: self.handle.kv_tokens });
         }
-        sampler.reserve(most_tokens);
+        let speculating = match request.speculation {
+            Some(speculation) => self.speculating(speculation, most_tokens)?,
+            None => None,
+        };
+        let proposals = request.speculation.map_or(0, |speculation| speculation.tokens);
+        sampler.reserve(most_tokens, 1 + proposals);
         let ended = |replica: usize| self.handle.replicas[replica].thread.is_finished();
         let place = self.handle.places.enter(ended)?;
         let replica = place.replica();
@@ -281,7 +375,7 @@ impl Engine {
             TokenStream::new(self.clone(), replica, buffer.min(most_output_tokens));
         let prompt_tokens = prompt.len();
         if most_output_tokens == 0 {
-            let usage = Usage { prompt_tokens, reused_tokens: 0, output_tokens: 0 };
+            let usage = Usage { prompt_tokens, ..Usage::default() };
             events.send(Ok(Event::Finished(Finish { reason: FinishReason::Length, usage })));
             return Ok(stream);
         }
@@ -291,6 +385,7 @@ impl Engine {
             end_ids,
             prompt_tokens,
             most_output_tokens,
+            speculating,
             place,
             events,
         };
@@ -298,6 +393,23 @@ impl Engine {
         let submission = Submission { active, tokens: prompt, most_tokens, standing };
         self.send(replica, Message::Submit(Box::new(submission)))?;
         Ok(stream)
+    }
+
+    /// The guesses for a request of which up to `most_tokens` are computed; none where the shortcut
+    /// is off.
+    fn speculating(
+        &self,
+        speculation: Speculation,
+        most_tokens: usize,
+    ) -> Result<Option<Speculating>, Error> {
+        let Handle { block_tokens, draft_context, speculation: on, .. } = *self.handle;
+        speculation.validate()?;
+        let most_tokens = match speculation.proposer {
+            Proposer::PromptLookup => most_tokens,
+            // The draft model does not read the last token that it guesses.
+            Proposer::DraftModel => most_tokens.min(draft_context.ok_or(Error::NoDraftModel)? + 1),
+        };
+        Ok(on.then(|| Speculating::new(speculation, most_tokens, block_tokens)))
     }
 
     /// What the engine has done until now, all replicas together.
@@ -349,104 +461,62 @@ impl Drop for Handle {
     }
 }
 
-/// A row of the step whose sequence gets a token.
-#[derive(Debug, Clone, Copy)]
-struct Wanted {
-    slot: usize,
-    row: usize,
-    /// Whether some logits are enough.
-    selected: bool,
-}
-
-struct StepLoop<B: Backend> {
+struct StepLoop {
     /// Dropped before the streams' ends: who hears that the thread has ended is refused from then on.
     inbox: Receiver<Message>,
-    decoder: Arc<Decoder<B>>,
-    kv: Kv<B>,
-    workspace: Workspace<B>,
-    scheduler: Scheduler<Active>,
+    runner: Box<dyn Runner>,
+    draft: Option<Draft>,
+    requests: Requests,
+}
+
+/// The requests that run and that wait.
+pub(crate) struct Requests {
+    pub(crate) scheduler: Scheduler<Active>,
+    /// The KV blocks of the draft model.
+    pub(crate) draft_cache: Option<KvCache>,
     statistics: EngineStatistics,
-    // Room for one step.
-    tokens: Vec<u32>,
-    spans: Vec<Span<'static>>,
-    wanted: Vec<Wanted>,
-    picks: Vec<Pick<'static>>,
-    rows: Vec<usize>,
-    selected: Vec<Vec<Candidate>>,
-    logits: Vec<f32>,
     /// Lent to one sampler after the other.
     candidates: Candidates,
 }
 
-/// The memory of a vector for other elements, which differ in lifetimes alone.
-fn emptied<T, U>(mut vec: Vec<T>) -> Vec<U> {
-    vec.clear();
-    // Collecting what comes out of a vector into one of the same layout keeps its memory.
-    vec.into_iter().map(|_| unreachable!("it is empty")).collect()
-}
-
-impl<B: Backend> StepLoop<B> {
-    fn new(
-        decoder: Arc<Decoder<B>>,
-        options: &EngineOptions,
-        cache: KvCache,
-        places: usize,
-        inbox: Receiver<Message>,
-    ) -> Result<Self, CoreError> {
-        let EngineOptions { max_sequences, kv_type, block_tokens, .. } = *options;
-        let step_tokens = options.step_tokens.max(max_sequences);
-        let vocab_size = decoder.vocab_size();
-        let layout = decoder.kv_layout(kv_type, block_tokens);
-        Ok(StepLoop {
-            kv: decoder.kv_allocate(layout, cache.statistics().blocks)?,
-            workspace: decoder.workspace(step_tokens, PICKS)?,
-            scheduler: Scheduler::new(cache, Limits { max_sequences, step_tokens }, places),
-            inbox,
-            statistics: EngineStatistics::default(),
-            tokens: Vec::with_capacity(step_tokens),
-            spans: Vec::with_capacity(max_sequences),
-            wanted: Vec::with_capacity(max_sequences),
-            picks: Vec::with_capacity(max_sequences),
-            rows: Vec::with_capacity(PICKS),
-            selected: (0..max_sequences).map(|_| Vec::with_capacity(vocab_size)).collect(),
-            logits: Vec::with_capacity(PICKS * vocab_size),
-            candidates: Candidates::with_capacity(vocab_size),
-            decoder,
-        })
-    }
-
+impl StepLoop {
     fn run(mut self) {
         while self.receive() {
-            self.sweep();
-            self.scheduler.schedule();
-            if self.scheduler.batch().is_empty() {
+            self.requests.sweep();
+            self.requests.scheduler.schedule();
+            if self.requests.scheduler.batch().is_empty() {
                 // Whoever submits, reads from a full ring or goes away wakes this thread.
-                match self.scheduler.next_deadline() {
+                match self.requests.scheduler.next_deadline() {
                     Some(end) => {
                         thread::park_timeout(end.saturating_duration_since(Instant::now()))
                     }
                     None => thread::park(),
                 }
             } else if let Err(error) = self.step() {
-                return self.fail_all(&error);
+                return self.requests.fail_all(&error);
             }
         }
     }
 
     /// Takes in what has come; false once nobody can submit any more.
     fn receive(&mut self) -> bool {
+        let Requests { scheduler, draft_cache, statistics, .. } = &mut self.requests;
         loop {
             match self.inbox.try_recv() {
                 Ok(Message::Submit(submission)) => {
                     let Submission { active, tokens, most_tokens, standing } = *submission;
-                    self.scheduler.submit(active, tokens, most_tokens, standing);
+                    scheduler.submit(active, tokens, most_tokens, standing);
                 }
                 Ok(Message::Statistics(answer)) => {
-                    let (running, waiting) = self.scheduler.counts();
-                    let kv = self.scheduler.kv_statistics();
-                    let preemptions = self.scheduler.preemptions();
-                    let now =
-                        EngineStatistics { running, waiting, preemptions, kv, ..self.statistics };
+                    let (running, waiting) = scheduler.counts();
+                    let now = EngineStatistics {
+                        running,
+                        waiting,
+                        preemptions: scheduler.preemptions(),
+                        kv: scheduler.kv_statistics(),
+                        draft_kv: draft_cache.as_ref().map(KvCache::statistics).unwrap_or_default(),
+                        ..*statistics
+                    };
                     // Who does not wait for the answer does not need it.
                     let _ = answer.send(now);
                 }
@@ -456,11 +526,34 @@ impl<B: Backend> StepLoop<B> {
         }
     }
 
+    /// Computes the step that was put together.
+    fn step(&mut self) -> Result<(), CoreError> {
+        let Self { runner, draft, requests, .. } = self;
+        if let Some(draft) = draft {
+            draft.propose(requests)?;
+        }
+        requests.look_up();
+        runner.copy(requests.scheduler.copies());
+        let (scheduler, batch) = (&requests.scheduler, requests.scheduler.batch());
+        let tokens = runner.forward(scheduler, batch, &|sequence, work| {
+            let completed = sequence.is_completed_by(work);
+            Part {
+                tokens: sequence.tokens_of(work),
+                blocks: sequence.blocks(),
+                wanted: if completed { 1 + sequence.proposals() } else { 0 },
+            }
+        })?;
+        requests.complete(tokens);
+        runner.sample(requests, &mut Requests::sample)
+    }
+}
+
+impl Requests {
     /// Removes sequences that nobody wants any more, and pauses those that nobody reads.
     fn sweep(&mut self) {
         let cancelled = |sequence: &Sequence<Active>| sequence.request.events.is_cancelled();
         while let Some(slot) = self.scheduler.find(cancelled) {
-            self.scheduler.remove(slot);
+            self.remove(slot);
         }
         if self.scheduler.next_deadline().is_some() {
             let now = Instant::now();
@@ -468,102 +561,69 @@ impl<B: Backend> StepLoop<B> {
                 self.finish(slot, Err(Error::DeadlineExceeded));
             }
         }
-        for (_, sequence) in self.scheduler.sequences_mut() {
+        let Self { scheduler, draft_cache, .. } = self;
+        for (_, sequence) in scheduler.sequences_mut() {
             sequence.paused = sequence.request.events.is_full();
-        }
-    }
-
-    /// Computes the step that was put together.
-    fn step(&mut self) -> Result<(), CoreError> {
-        self.forward()?;
-        self.want();
-        let screened = self.select()?;
-        for index in 0..self.wanted.len() {
-            let Wanted { slot, selected, .. } = self.wanted[index];
-            if screened && selected {
-                // Selected rows come first, in this order.
-                let candidates = std::mem::take(&mut self.selected[index]);
-                self.sample(slot, Logits::Some(&candidates));
-                self.selected[index] = candidates;
-            }
-        }
-        self.wanted.retain(|wanted| !(screened && wanted.selected));
-        let wanted = std::mem::take(&mut self.wanted);
-        for wanted in wanted.chunks(PICKS) {
-            self.rows.clear();
-            self.rows.extend(wanted.iter().map(|wanted| wanted.row));
-            self.decoder.logits(&mut self.workspace, &self.rows, &mut self.logits)?;
-            let mut logits = std::mem::take(&mut self.logits);
-            let rows = logits.chunks_exact_mut(self.decoder.vocab_size());
-            for (wanted, logits) in wanted.iter().zip(rows) {
-                self.sample(wanted.slot, Logits::All(logits));
-            }
-            self.logits = logits;
-        }
-        self.wanted = wanted;
-        Ok(())
-    }
-
-    /// Runs the decoder over all sequences of the step.
-    fn forward(&mut self) -> Result<(), CoreError> {
-        let Self { decoder, kv, workspace, scheduler, tokens, statistics, .. } = self;
-        decoder.kv_copy(kv, scheduler.copies());
-        tokens.clear();
-        let mut spans: Vec<Span<'_>> = emptied(std::mem::take(&mut self.spans));
-        for &Work { slot, position, count } in scheduler.batch() {
-            let sequence = scheduler.sequence(slot);
-            let start = tokens.len();
-            tokens.extend_from_slice(&sequence.tokens()[position..position + count]);
-            spans.push(Span { rows: start..tokens.len(), position, blocks: sequence.blocks() });
-        }
-        decoder.forward(&Step { tokens, spans: &spans }, kv, workspace)?;
-        self.spans = emptied(spans);
-        statistics.steps += 1;
-        statistics.computed_tokens += tokens.len() as u64;
-        scheduler.complete();
-        Ok(())
-    }
-
-    /// Notes which rows get a token, in the order of their slots.
-    fn want(&mut self) {
-        let Self { scheduler, wanted, .. } = self;
-        wanted.clear();
-        let mut end = 0;
-        for work in scheduler.batch() {
-            end += work.count;
-            if scheduler.sequence(work.slot).is_computed() {
-                wanted.push(Wanted { slot: work.slot, row: end - 1, selected: false });
-            }
-        }
-        wanted.sort_unstable_by_key(|wanted| wanted.slot);
-    }
-
-    /// Gets the logits of the rows that need only some; false if the model cannot tell which.
-    fn select(&mut self) -> Result<bool, CoreError> {
-        let Self { decoder, workspace, scheduler, wanted, selected, .. } = self;
-        let mut picks: Vec<Pick<'_>> = emptied(std::mem::take(&mut self.picks));
-        let mut sequences = scheduler.sequences_mut();
-        for wanted in wanted.iter_mut() {
-            let (_, sequence) =
-                sequences.find(|(slot, _)| *slot == wanted.slot).expect("both are in order");
+            let (decodes, waits) = (sequence.decodes(), sequence.blocks().is_empty());
             let (active, tokens) = sequence.parts();
-            if let Some(Selection { keep, exact_ids }) = active.selection(tokens) {
-                picks.push(Pick { row: wanted.row, keep, exact_ids });
-                wanted.selected = true;
+            if waits {
+                active.release_draft(draft_cache);
             }
+            sequence.wish = if decodes { active.wish(tokens) } else { 0 };
         }
-        let outs = &mut selected[..picks.len()];
-        let screened = picks.is_empty() || decoder.candidates(workspace, &picks, outs)?;
-        self.picks = emptied(picks);
-        // The order of the picks, which is that of the results.
-        wanted.sort_unstable_by_key(|wanted| (!wanted.selected, wanted.slot));
-        Ok(screened)
     }
 
-    /// Gives a sequence its next token, or its end.
-    fn sample(&mut self, slot: usize, logits: Logits<'_>) {
+    /// Proposes what followed the last time, for those sequences of the step that have room for some
+    /// tokens and want them from there.
+    fn look_up(&mut self) {
+        for index in 0..self.scheduler.batch().len() {
+            let slot = self.scheduler.batch()[index].slot;
+            let sequence = self.scheduler.sequence(slot);
+            let Some(Speculating { source: Source::Lookup(place), .. }) =
+                sequence.request.speculating
+            else {
+                continue;
+            };
+            for place in place..place + sequence.proposals_left() {
+                // What followed may run on into what is proposed: a loop goes on as a loop.
+                let token = self.scheduler.sequence(slot).tokens_and_proposals()[place];
+                self.scheduler.propose(slot, token);
+            }
+        }
+    }
+
+    /// Proposes a token that a draft model finds probable.
+    pub(crate) fn guess(&mut self, slot: usize, logits: Logits<'_>) {
+        let (active, tokens) = self.scheduler.sequence_mut(slot).parts_and_proposals();
+        active.sampler.swap_candidates(&mut self.candidates);
+        let guess = active.guess(tokens, logits);
+        active.sampler.swap_candidates(&mut self.candidates);
+        // From what cannot be sampled from, nothing is guessed.
+        if let Ok(token) = guess {
+            self.scheduler.propose(slot, token);
+        }
+    }
+
+    /// Learns that the step of so many tokens has been computed.
+    fn complete(&mut self, tokens: usize) {
+        self.statistics.steps += 1;
+        self.statistics.computed_tokens += tokens as u64;
+        self.scheduler.complete();
+        for index in 0..self.scheduler.batch().len() {
+            let sequence = self.scheduler.sequence_mut(self.scheduler.batch()[index].slot);
+            let proposed = sequence.proposals();
+            if let Some(guesses) = &mut sequence.request.speculating {
+                guesses.count_proposed(proposed);
+                self.statistics.proposed_tokens += proposed as u64;
+            }
+        }
+    }
+
+    /// Gives a sequence its next token, or its end. Returns whether the token was proposed and goes
+    /// on: then the step has the logits after it too.
+    fn sample(&mut self, slot: usize, logits: Logits<'_>) -> bool {
         let sequence = self.scheduler.sequence_mut(slot);
-        let reused_tokens = sequence.reused();
+        let usage = usage(sequence);
         let (active, tokens) = sequence.parts();
         active.sampler.swap_candidates(&mut self.candidates);
         let sampled = active.sample(tokens, logits);
@@ -576,26 +636,38 @@ impl<B: Backend> StepLoop<B> {
             return self.finish(slot, Ok(FinishReason::Stop));
         }
         let logprobs = logprob.map(|logprob| TokenLogprobs { logprob, top });
-        active.events.set_reused_tokens(reused_tokens);
+        active.events.set_usage(usage);
         active.events.send(Ok(Event::Token(Token { id, logprobs, time: Instant::now() })));
-        let last = active.output_tokens(tokens) + 1 == active.most_output_tokens;
-        self.scheduler.push(slot, id);
+        let last = usage.output_tokens + 1 == active.most_output_tokens;
+        let accepted = self.scheduler.push(slot, id);
         self.statistics.output_tokens += 1;
-        if last {
-            self.finish(slot, Ok(FinishReason::Length));
+        if accepted {
+            self.statistics.accepted_tokens += 1;
+            let active = &mut self.scheduler.sequence_mut(slot).request;
+            active.speculating.as_mut().expect("it was proposed").count_accepted();
         }
+        if last {
+            return self.finish(slot, Ok(FinishReason::Length));
+        }
+        accepted
     }
 
-    /// Ends a request.
-    fn finish(&mut self, slot: usize, end: Result<FinishReason, Error>) {
-        let sequence = self.scheduler.remove(slot);
-        let (reused_tokens, known) = (sequence.reused(), sequence.tokens().len());
-        let Active { mut events, prompt_tokens, place, .. } = sequence.request;
-        let output_tokens = known - prompt_tokens;
-        let usage = Usage { prompt_tokens, reused_tokens, output_tokens };
+    /// Takes out a sequence and gives back all of its blocks.
+    fn remove(&mut self, slot: usize) -> Sequence<Active> {
+        let mut sequence = self.scheduler.remove(slot);
+        sequence.request.release_draft(&mut self.draft_cache);
+        sequence
+    }
+
+    /// Ends a request. Returns that it does not go on.
+    fn finish(&mut self, slot: usize, end: Result<FinishReason, Error>) -> bool {
+        let sequence = self.remove(slot);
+        let usage = usage(&sequence);
+        let Active { mut events, place, .. } = sequence.request;
         // Whoever hears of the end may submit again at once.
         drop(place);
         events.send(end.map(|reason| Event::Finished(Finish { reason, usage })));
+        false
     }
 
     /// Ends every request: the device is lost.
@@ -603,5 +675,19 @@ impl<B: Backend> StepLoop<B> {
         while let Some(slot) = self.scheduler.find(|_| true) {
             self.finish(slot, Err(Error::EngineStopped { reason: error.to_string() }));
         }
+    }
+}
+
+/// What a sequence has taken until now.
+fn usage(sequence: &Sequence<Active>) -> Usage {
+    let Active { prompt_tokens, speculating, .. } = &sequence.request;
+    let (proposed_tokens, accepted_tokens) =
+        speculating.as_ref().map_or((0, 0), Speculating::counts);
+    Usage {
+        prompt_tokens: *prompt_tokens,
+        reused_tokens: sequence.reused(),
+        output_tokens: sequence.tokens().len() - prompt_tokens,
+        proposed_tokens,
+        accepted_tokens,
     }
 }

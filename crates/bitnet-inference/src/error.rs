@@ -64,6 +64,21 @@ pub enum Error {
         /// Tokens that fit.
         room: usize,
     },
+    /// A request asked for the guesses of a draft model, and the engine has none.
+    #[error("the engine has no draft model: give it one, or guess by prompt lookup")]
+    NoDraftModel,
+    /// A draft model that speaks of other tokens than the model it is to guess for.
+    #[error(
+        "{draft} cannot guess for {model}, {difference}: choose a draft model with the same vocabulary"
+    )]
+    DraftVocabulary {
+        /// Where the draft model is.
+        draft: String,
+        /// Where the model is.
+        model: String,
+        /// The first difference.
+        difference: String,
+    },
     /// The deadline of a request passed before it was finished.
     #[error(
         "the deadline of the request passed: allow more time or submit it when fewer are running"

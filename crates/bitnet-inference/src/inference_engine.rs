@@ -23,6 +23,7 @@ use crate::inference_stream::{InferenceStream, StreamingConfig};
 use crate::model::{Model, cpu_backend};
 use crate::request::Request;
 use crate::sampler::SamplingParams;
+use crate::speculation::Speculation;
 use crate::stream::block_on;
 
 /// For whoever wants the whole of a generation: nobody reads it meanwhile, and it need not pause.
@@ -45,6 +46,9 @@ pub struct GenerationParams {
     pub client: u64,
     /// Time after which the answer is of no use any more.
     pub time_limit: Option<Duration>,
+    /// How the next tokens are guessed, which changes the speed and no token; not at all, unless it
+    /// is said.
+    pub speculation: Option<Speculation>,
 }
 
 impl Default for GenerationParams {
@@ -57,6 +61,7 @@ impl Default for GenerationParams {
             priority: 0,
             client: 0,
             time_limit: None,
+            speculation: None,
         }
     }
 }
@@ -206,7 +211,8 @@ impl InferenceEngine {
     /// generations that are running go on with that one.
     ///
     /// # Errors
-    /// If the model cannot be read, makes no text, or there is too little memory.
+    /// If the model or its draft model cannot be read, makes no text, or there is too little memory;
+    /// or if the two have different vocabularies.
     pub fn load_model(&mut self, model: &str) -> Result<(), Error> {
         self.run(Model::open(model, &self.builder.model_options())?).map(drop)
     }
@@ -489,7 +495,13 @@ impl Loaded {
         must_generate(model.description())?;
         let options = builder.engine_options();
         Ok(Loaded {
-            engine: model.engine(options)?,
+            engine: match &builder.draft_model {
+                Some(draft) => {
+                    let draft = Model::open(draft, &builder.model_options())?;
+                    model.engine_with_draft(&draft, options)?
+                }
+                None => model.engine(options)?,
+            },
             model: Arc::new(model),
             processors: builder.processors.clone(),
             at_once: options.max_sequences * options.replicas,
@@ -522,6 +534,7 @@ impl Loaded {
         request.deadline = params.time_limit.and_then(|limit| Instant::now().checked_add(limit));
         request.processors = self.processors.iter().map(|make| make()).collect();
         request.buffer = config.buffer;
+        request.speculation = params.speculation;
         InferenceStream::start(&self.engine, &self.model, request, stop)
     }
 

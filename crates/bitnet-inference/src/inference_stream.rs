@@ -12,7 +12,7 @@ use crate::engine::Engine;
 use crate::error::Error;
 use crate::generate::FinishReason;
 use crate::model::Model;
-use crate::request::{Event, Finish, Request, Token, Usage};
+use crate::request::{Event, Finish, Request, Token};
 use crate::stream::{TokenStream, block_on};
 use crate::transcript::Transcript;
 
@@ -119,11 +119,7 @@ impl InferenceStream {
         let text = self.transcript.push(self.model.tokenizer(), token.id)?;
         let finish = self.transcript.is_stopped().then_some(Finish {
             reason: FinishReason::Stop,
-            usage: Usage {
-                prompt_tokens: self.prompt_tokens,
-                reused_tokens: self.tokens.reused_tokens(),
-                output_tokens: self.output_tokens,
-            },
+            usage: self.tokens.usage(self.prompt_tokens, self.output_tokens),
         });
         Ok(StreamEvent { text, token: Some(token), finish })
     }

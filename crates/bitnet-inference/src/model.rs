@@ -14,6 +14,7 @@ use bitnet_model::weights::{self, LoadOptions, LoadProgress};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::inference_engine::must_generate;
 use crate::session::{AnyDecoder, Session, SessionOptions};
 
 /// Where and how to load a model.
@@ -298,7 +299,41 @@ impl Model {
     /// # Ok::<(), bitnet_inference::Error>(())
     /// ```
     pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
-        self.decoder.engine(options, self.shortcuts.prefix)
+        Engine::start(&*self.decoder, None, options, self.shortcuts)
+    }
+
+    /// An engine as [`engine`](Model::engine) gives it, in which a smaller model guesses for requests that
+    /// ask for it by [`Speculation::draft_model`](crate::Speculation::draft_model).
+    ///
+    /// # Errors
+    /// As [`engine`](Model::engine), and if the two models have different vocabularies or the draft
+    /// model writes no text.
+    pub fn engine_with_draft(
+        &self,
+        draft: &Model,
+        options: EngineOptions,
+    ) -> Result<Engine, Error> {
+        must_generate(&draft.description)?;
+        if let Some(difference) = self.vocabulary_difference(draft) {
+            let path = |model: &Model| model.description().path.display().to_string();
+            let (draft, model) = (path(draft), path(self));
+            return Err(Error::DraftVocabulary { draft, model, difference });
+        }
+        Engine::start(&*self.decoder, Some(&*draft.decoder), options, self.shortcuts)
+    }
+
+    /// The first difference between the vocabularies of this model and another.
+    fn vocabulary_difference(&self, other: &Model) -> Option<String> {
+        let (own, others) = (self.vocab_size(), other.vocab_size());
+        if own != others {
+            return Some(format!("which has {own} tokens and not {others}"));
+        }
+        let token = |model: &Model, id| {
+            let tokenizer = model.tokenizer();
+            (tokenizer.token_bytes(id).ok().map(<[u8]>::to_vec), tokenizer.is_special(id))
+        };
+        let differs = |&id: &u32| token(self, id) != token(other, id);
+        (0..own as u32).find(differs).map(|id| format!("in which token {id} is another"))
     }
 
     /// The embedding of a text: hidden states pooled as the model says, scaled to length 1.

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use crate::generate::{FinishReason, TokenLogprobs};
 use crate::sampler::SamplingParams;
+use crate::speculation::Speculation;
 
 /// A change to the logits of one request, made by code of your own before anything else looks at
 /// them.
@@ -64,6 +65,9 @@ pub struct Request {
     /// Tokens that may wait to be read before the request pauses, at least 1. More than can come are
     /// as many as can come.
     pub buffer: usize,
+    /// How the next tokens are guessed, which makes the request faster or slower and changes no
+    /// token; `None`: not at all.
+    pub speculation: Option<Speculation>,
 }
 
 impl Request {
@@ -82,6 +86,7 @@ impl Request {
             deadline: None,
             processors: Vec::new(),
             buffer: Request::DEFAULT_BUFFER,
+            speculation: None,
         }
     }
 }
@@ -98,6 +103,7 @@ impl fmt::Debug for Request {
             .field("deadline", &self.deadline)
             .field("processors", &self.processors.len())
             .field("buffer", &self.buffer)
+            .field("speculation", &self.speculation)
             .finish()
     }
 }
@@ -114,7 +120,7 @@ pub struct Token {
 }
 
 /// What a finished request took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Usage {
     /// Tokens of the prompt.
     pub prompt_tokens: usize,
@@ -122,6 +128,10 @@ pub struct Usage {
     pub reused_tokens: usize,
     /// Generated tokens, without an end token.
     pub output_tokens: usize,
+    /// Tokens that speculation proposed.
+    pub proposed_tokens: usize,
+    /// Of those, tokens that came: the output took so many steps less.
+    pub accepted_tokens: usize,
 }
 
 /// The end of a request that went well.

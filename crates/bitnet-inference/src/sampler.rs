@@ -214,14 +214,15 @@ impl Sampler {
     }
 
     /// Makes room for a history of this many tokens, so that no position up to there allocates, given
-    /// [candidates](Sampler::swap_candidates) with room for the vocabulary.
-    pub(crate) fn reserve(&mut self, history: usize) {
+    /// [candidates](Sampler::swap_candidates) with room for the vocabulary. So many `positions` may
+    /// share a [selection](Sampler::selection_of).
+    pub(crate) fn reserve(&mut self, history: usize, positions: usize) {
         let adjustments = self.chain.filters().iter().filter(|filter| filter.is_adjustment());
         let touched = adjustments.map(|filter| match filter {
             Filter::LogitBias(biases) => biases.len(),
             _ => history,
         });
-        self.touched.reserve(touched.sum());
+        self.touched.reserve(positions * touched.sum::<usize>());
         self.chain.reserve(history);
     }
 
@@ -245,12 +246,7 @@ impl Sampler {
         history: &[u32],
         output_position: u64,
     ) -> Result<Sampled, SampleError> {
-        let token = if self.greedy && self.chain.filters().is_empty() {
-            argmax(logits)?
-        } else {
-            self.candidates.set_logits(logits)?;
-            self.pick(history, output_position)?
-        };
+        let token = self.choose(logits, history, output_position)?;
         let Some(count) = self.logprobs else {
             return Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() });
         };
@@ -262,15 +258,44 @@ impl Sampler {
         Ok(Sampled { token, logprob: Some(logprob(logits[token as usize])), top_logprobs })
     }
 
+    /// The token that [`sample`](Sampler::sample) gives, without log-probabilities.
+    pub(crate) fn choose(
+        &mut self,
+        logits: &[f32],
+        history: &[u32],
+        output_position: u64,
+    ) -> Result<u32, SampleError> {
+        if self.greedy && self.chain.filters().is_empty() {
+            return argmax(logits);
+        }
+        self.candidates.set_logits(logits)?;
+        self.pick(history, output_position)
+    }
+
     /// What [`sample_candidates`](Sampler::sample_candidates) needs to give the token that
     /// [`sample`](Sampler::sample) would, for the same history and position; `None` if that is all
     /// logits.
     pub fn selection(&mut self, history: &[u32], output_position: u64) -> Option<Selection<'_>> {
+        self.selection_of(1, history, output_position)
+    }
+
+    /// A [selection](Sampler::selection) that serves each of the last `positions` up to
+    /// `output_position`: those before have the same history without its last tokens. An exact id
+    /// that a position has no need of is one candidate more and changes no token.
+    pub(crate) fn selection_of(
+        &mut self,
+        positions: usize,
+        history: &[u32],
+        output_position: u64,
+    ) -> Option<Selection<'_>> {
         if self.logprobs.is_some() {
             return None;
         }
         let output_tokens = usize::try_from(output_position).unwrap_or(usize::MAX);
-        let rest = self.chain.touched(History::new(history, output_tokens), &mut self.touched);
+        let histories = (0..positions).map(|less| {
+            History::new(&history[..history.len() - less], output_tokens.saturating_sub(less))
+        });
+        let rest = self.chain.touched(histories, &mut self.touched);
         // Tokens that nothing touched keep their order among themselves, and what is kept of all
         // is at most what is kept of them.
         let keep = match *rest {
@@ -348,4 +373,34 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
     let largest = f64::from(numerics::max(logits));
     let sum = logits.iter().fold(0.0, |sum, &l| sum + libm::exp(f64::from(l) - largest));
     largest + libm::log(sum)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selection_for_several_positions_has_the_exact_ids_of_each() {
+        let params = SamplingParams {
+            repetition_penalty: 1.5,
+            presence_penalty: 0.5,
+            repeat_last_n: Some(2),
+            logit_bias: vec![(50, 1.0)],
+            ..SamplingParams::default()
+        };
+        let mut sampler = Sampler::new(&params).unwrap();
+        let history = [9, 8, 7, 6, 5, 4];
+        let mut exact_ids = |positions, history: &[u32], position| {
+            let selection = sampler.selection_of(positions, history, position).unwrap();
+            assert_eq!(selection.keep, Keep::Largest(1));
+            selection.exact_ids.to_vec()
+        };
+        let each: [Vec<u32>; 3] = [
+            exact_ids(1, &history[..4], 2),
+            exact_ids(1, &history[..5], 3),
+            exact_ids(1, &history, 4),
+        ];
+        assert_eq!(each, [vec![6, 7, 50], vec![5, 6, 50], vec![4, 5, 50]]);
+        assert_eq!(exact_ids(3, &history, 4), [4, 5, 6, 7, 50]);
+    }
 }

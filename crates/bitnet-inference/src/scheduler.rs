@@ -16,6 +16,12 @@
 //! 3. *Prefill.* What is left of the step's tokens goes to sequences with more to compute, the
 //!    highest priority first. Among equals the oldest has half for certain, and the rest goes to
 //!    whoever has least left: a short prompt need not wait for a long one.
+//! 4. *Speculation.* What is left then goes to proposals: tokens that may follow the known ones of a
+//!    sequence that decodes, computed in the same step to be compared with what is sampled. They
+//!    take blocks only while every running sequence keeps one more to grow into.
+//!
+//! Proposed tokens lie behind the known ones until the end of their step, when each has become
+//! known or is gone. Those that are gone leave keys and values behind that are written over.
 //!
 //! Nothing here depends on time, except that deadlines are compared with a time that is handed in.
 
@@ -117,7 +123,7 @@ pub(crate) struct Work {
     pub(crate) slot: usize,
     /// Position of the first token.
     pub(crate) position: usize,
-    /// Number of tokens.
+    /// Number of tokens, without proposed ones.
     pub(crate) count: usize,
 }
 
@@ -128,8 +134,14 @@ pub(crate) struct Sequence<R> {
     pub(crate) request: R,
     /// Set by the owner: no tokens are wanted for the time being.
     pub(crate) paused: bool,
+    /// Set by the owner: most tokens that it would propose in the next step.
+    pub(crate) wish: usize,
+    /// Known tokens, and behind them the proposed ones.
     tokens: Vec<u32>,
+    known: usize,
     computed: usize,
+    /// Proposed tokens that the current step has room for.
+    granted: usize,
     table: BlockTable,
     standing: Standing,
     /// Place of its client in the list of clients.
@@ -147,12 +159,50 @@ pub(crate) struct Sequence<R> {
 impl<R> Sequence<R> {
     /// Known tokens: prompt and output.
     pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens[..self.known]
+    }
+
+    /// Known tokens and the ones that are proposed after them.
+    pub(crate) fn tokens_and_proposals(&self) -> &[u32] {
         &self.tokens
     }
 
-    /// The owner's part and the tokens, each for itself.
+    /// The owner's part and the known tokens, each for itself.
     pub(crate) fn parts(&mut self) -> (&mut R, &[u32]) {
+        (&mut self.request, &self.tokens[..self.known])
+    }
+
+    /// The owner's part and the tokens with the proposed ones, each for itself.
+    pub(crate) fn parts_and_proposals(&mut self) -> (&mut R, &[u32]) {
         (&mut self.request, &self.tokens)
+    }
+
+    /// Tokens that are proposed after the known ones.
+    pub(crate) fn proposals(&self) -> usize {
+        self.tokens.len() - self.known
+    }
+
+    /// Tokens that may still be proposed in the current step.
+    pub(crate) fn proposals_left(&self) -> usize {
+        self.granted - self.proposals()
+    }
+
+    /// Whether all known tokens but one are computed.
+    pub(crate) fn decodes(&self) -> bool {
+        self.left() == 1
+    }
+
+    /// Whether the work brings a sequence to the end of its known tokens.
+    pub(crate) fn is_completed_by(&self, work: &Work) -> bool {
+        work.position + work.count == self.known
+    }
+
+    /// Its tokens in the current step: known ones, and those that are proposed after the last of
+    /// them.
+    pub(crate) fn tokens_of(&self, work: &Work) -> &[u32] {
+        let end = work.position + work.count;
+        let end = if end == self.known { self.tokens.len() } else { end };
+        &self.tokens[work.position..end]
     }
 
     /// Tokens whose keys and values were there when it was first admitted.
@@ -167,7 +217,7 @@ impl<R> Sequence<R> {
 
     /// Whether the step that was just computed gives it a new token.
     pub(crate) fn is_computed(&self) -> bool {
-        self.computed == self.tokens.len()
+        self.computed == self.known
     }
 
     /// Running sequences in ascending order: those that give up their blocks first come last.
@@ -175,8 +225,16 @@ impl<R> Sequence<R> {
         (Reverse(self.standing.priority), self.arrival)
     }
 
+    /// Charges its client for what has not been charged of `count` tokens.
+    fn charge(&mut self, clients: &mut [Client], position: usize, count: usize) {
+        let end = position + count;
+        let more = end.saturating_sub(self.charged.max(position));
+        clients[self.client].served += more as u64;
+        self.charged = self.charged.max(end);
+    }
+
     fn left(&self) -> usize {
-        self.tokens.len() - self.computed
+        self.known - self.computed
     }
 }
 
@@ -247,8 +305,11 @@ impl<R> Scheduler<R> {
         self.sequences[slot] = Some(Sequence {
             request,
             paused: false,
+            wish: 0,
+            known: tokens.len(),
             tokens,
             computed: 0,
+            granted: 0,
             table,
             standing,
             client,
@@ -358,9 +419,18 @@ impl<R> Scheduler<R> {
         self.admit();
         self.decode();
         self.prefill();
+        self.speculate();
     }
 
-    /// Learns that the current step has been computed.
+    /// Proposes a token to follow the known and the proposed ones of a sequence in the current step,
+    /// which has room for it.
+    pub(crate) fn propose(&mut self, slot: usize, token: u32) {
+        let sequence = self.sequence_mut(slot);
+        assert!(sequence.proposals_left() > 0, "the step has room for it");
+        sequence.tokens.push(token);
+    }
+
+    /// Learns that the current step has been computed. What is proposed counts once it is known.
     pub(crate) fn complete(&mut self) {
         for work in &self.batch {
             let sequence = self.sequences[work.slot].as_mut().expect("the sequence is there");
@@ -370,11 +440,24 @@ impl<R> Scheduler<R> {
         }
     }
 
-    /// Appends the token that a computed sequence got.
-    pub(crate) fn push(&mut self, slot: usize, token: u32) {
-        let sequence = self.sequence_mut(slot);
+    /// Gives a computed sequence its next token. If it is the one that was proposed, the step has
+    /// computed it already: returns whether it has, and so the token after it can come too. If not,
+    /// the proposals are gone.
+    pub(crate) fn push(&mut self, slot: usize, token: u32) -> bool {
+        let Self { sequences, clients, cache, .. } = self;
+        let sequence = sequences[slot].as_mut().expect("the sequence is there");
         assert!(sequence.is_computed());
-        sequence.tokens.push(token);
+        let accepted = sequence.tokens.get(sequence.known) == Some(&token);
+        if accepted {
+            sequence.charge(clients, sequence.known, 1);
+            sequence.computed += 1;
+            cache.computed(&mut sequence.table, &sequence.tokens[..sequence.computed]);
+        } else {
+            sequence.tokens.truncate(sequence.known);
+            sequence.tokens.push(token);
+        }
+        sequence.known += 1;
+        accepted
     }
 
     fn admit(&mut self) {
@@ -382,7 +465,7 @@ impl<R> Scheduler<R> {
             let Self { sequences, cache, running, .. } = self;
             let sequence = sequences[slot].as_mut().expect("the sequence is there");
             let admission = if running.len() < self.limits.max_sequences {
-                cache.admit(&mut sequence.table, &sequence.tokens, running.len())
+                cache.admit(&mut sequence.table, &sequence.tokens[..sequence.known], running.len())
             } else {
                 None
             };
@@ -448,8 +531,7 @@ impl<R> Scheduler<R> {
             if sequence.paused || sequence.left() != 1 {
                 continue;
             }
-            let known = sequence.tokens.len();
-            if cache.grow(&mut sequence.table, known) {
+            if cache.grow(&mut sequence.table, sequence.known) {
                 self.take(slot, 1);
                 continue;
             }
@@ -496,16 +578,33 @@ impl<R> Scheduler<R> {
         }
     }
 
+    /// Gives what is left of the step to proposals for the sequences that decode.
+    fn speculate(&mut self) {
+        let Self { sequences, cache, batch, running, .. } = self;
+        let taken: usize = batch.iter().map(|work| work.count).sum();
+        let mut room = self.limits.step_tokens - taken;
+        for work in batch {
+            let sequence = sequences[work.slot].as_mut().expect("the sequence is there");
+            sequence.granted = 0;
+            if sequence.is_completed_by(work) {
+                let spare = cache.available().saturating_sub(running.len());
+                let blocks = sequence.table.blocks().len() + spare;
+                let storable = blocks * cache.block_tokens() - sequence.known;
+                sequence.granted = sequence.wish.min(room).min(storable);
+                room -= sequence.granted;
+                let grown = cache.grow(&mut sequence.table, sequence.known + sequence.granted);
+                assert!(grown, "the blocks were counted");
+            }
+        }
+    }
+
     /// Puts the next `count` tokens of a sequence into the step.
     fn take(&mut self, slot: usize, count: usize) {
         let Self { sequences, clients, batch, .. } = self;
         let sequence = sequences[slot].as_mut().expect("the sequence is there");
         let position = sequence.computed;
         batch.push(Work { slot, position, count });
-        let end = position + count;
-        let more = end.saturating_sub(sequence.charged.max(position));
-        clients[sequence.client].served += more as u64;
-        sequence.charged = sequence.charged.max(end);
+        sequence.charge(clients, position, count);
     }
 }
 

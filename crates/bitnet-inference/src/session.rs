@@ -8,8 +8,8 @@ use bitnet_core::{Error as CoreError, OperationProfile, Pick, ShortcutCounts, We
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 
-use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::runner::{DecoderRunner, Room, Runner};
 use crate::sampler::{Candidate, Selection};
 
 /// Tokens per KV block of a session.
@@ -47,7 +47,8 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn weight_bytes(&self) -> WeightBytes;
     fn stages(&self) -> &[Range<usize>];
     fn session(&self, options: SessionOptions) -> Result<Session, Error>;
-    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
+    /// Runs many sequences. Replicas after the first, number 0, have threads of their own.
+    fn runner(&self, room: Room, replica: usize) -> Result<Box<dyn Runner>, Error>;
 }
 
 impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
@@ -96,8 +97,12 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
         Ok(Session { sequence: Box::new(sequence) })
     }
 
-    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error> {
-        Engine::start(self.clone(), options, prefix_reuse)
+    fn runner(&self, room: Room, replica: usize) -> Result<Box<dyn Runner>, Error> {
+        let decoder = match replica {
+            0 => self.clone(),
+            _ => Arc::new(self.replica()?),
+        };
+        Ok(Box::new(DecoderRunner::new(decoder, room)?))
     }
 }
 

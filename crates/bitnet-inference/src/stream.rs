@@ -15,7 +15,7 @@ use rtrb::{Consumer, Producer, RingBuffer};
 
 use crate::engine::Engine;
 use crate::error::Error;
-use crate::request::Event;
+use crate::request::{Event, Usage};
 
 /// What both ends of a stream see besides the ring.
 #[derive(Default)]
@@ -25,8 +25,10 @@ struct Signal {
     cancelled: AtomicBool,
     /// The writer is gone.
     closed: AtomicBool,
-    /// Tokens of the prompt whose keys and values were there already. Known with the first token.
+    // What the request has taken until now, which the reader cannot count.
     reused_tokens: AtomicUsize,
+    proposed_tokens: AtomicUsize,
+    accepted_tokens: AtomicUsize,
 }
 
 /// The engine's end of a stream.
@@ -43,12 +45,19 @@ impl EventSender {
 
     /// Whether there is no room for a token and an end.
     pub(crate) fn is_full(&self) -> bool {
-        self.ring.slots() < 2
+        self.room() == 0
     }
 
-    /// Says how many tokens of the prompt were there already, before the first token is sent.
-    pub(crate) fn set_reused_tokens(&self, count: usize) {
-        self.signal.reused_tokens.store(count, Ordering::Relaxed);
+    /// Tokens that there is room for, besides an end.
+    pub(crate) fn room(&self) -> usize {
+        self.ring.slots().saturating_sub(1)
+    }
+
+    /// Says what the request has taken before the next token.
+    pub(crate) fn set_usage(&self, usage: Usage) {
+        self.signal.reused_tokens.store(usage.reused_tokens, Ordering::Relaxed);
+        self.signal.proposed_tokens.store(usage.proposed_tokens, Ordering::Relaxed);
+        self.signal.accepted_tokens.store(usage.accepted_tokens, Ordering::Relaxed);
     }
 
     /// Sends an event. There is room for it if the stream was not [full](EventSender::is_full).
@@ -129,9 +138,16 @@ impl TokenStream {
         }
     }
 
-    /// Tokens of the prompt whose keys and values were there already. Known with the first token.
-    pub(crate) fn reused_tokens(&self) -> usize {
-        self.signal.reused_tokens.load(Ordering::Relaxed)
+    /// What the request has taken by the last token that the engine has sent, for a reader that has
+    /// counted so many tokens.
+    pub(crate) fn usage(&self, prompt_tokens: usize, output_tokens: usize) -> Usage {
+        Usage {
+            prompt_tokens,
+            reused_tokens: self.signal.reused_tokens.load(Ordering::Relaxed),
+            output_tokens,
+            proposed_tokens: self.signal.proposed_tokens.load(Ordering::Relaxed),
+            accepted_tokens: self.signal.accepted_tokens.load(Ordering::Relaxed),
+        }
     }
 
     fn pop(&mut self) -> Option<Result<Event, Error>> {

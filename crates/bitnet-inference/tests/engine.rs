@@ -2,21 +2,22 @@
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use bitnet_core::Shortcuts;
 use bitnet_inference::{
-    Device, Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation,
-    LogitsProcessor, Model, ModelOptions, Request, SamplingParams, SessionOptions, TokenStream,
-    generate,
+    Device, Engine, EngineOptions, EngineStatistics, Error, Event, Finish, FinishReason,
+    GenerateOptions, Generation, LogitsProcessor, Model, ModelOptions, Proposer, Request,
+    SamplingParams, SessionOptions, Speculation, TokenStream, Usage, generate,
 };
-use bitnet_testing::Random;
+use bitnet_testing::{Random, altered_tiny_model, golden};
 
 fn open(threads: usize, shortcuts: Shortcuts) -> Model {
-    open_in_stages(1, threads, shortcuts)
+    open_from("tiny", 1, threads, shortcuts)
 }
 
-fn open_in_stages(stages: usize, threads: usize, shortcuts: Shortcuts) -> Model {
+fn open_from(model: &str, stages: usize, threads: usize, shortcuts: Shortcuts) -> Model {
     let options = ModelOptions {
         threads: Some(threads),
         shortcuts: Some(shortcuts),
@@ -24,7 +25,20 @@ fn open_in_stages(stages: usize, threads: usize, shortcuts: Shortcuts) -> Model 
         copies: true,
         ..ModelOptions::default()
     };
-    Model::open_distributed("tiny", &vec![Device::Cpu; stages], &options).unwrap()
+    Model::open_distributed(model, &vec![Device::Cpu; stages], &options).unwrap()
+}
+
+/// The built-in model with something else in one of its files.
+fn altered(threads: usize, file: &str, before: &str, after: &str) -> Model {
+    let folder = tempfile::tempdir().unwrap();
+    altered_tiny_model(folder.path(), file, before, after);
+    open_from(folder.path().to_str().unwrap(), 1, threads, Shortcuts::ALL)
+}
+
+/// A model that writes much like the built-in one, but not the same: it takes tokens for further
+/// apart than they are.
+fn tiny_draft(threads: usize) -> Model {
+    altered(threads, "config.json", "\"rope_theta\": 10000.0", "\"rope_theta\": 7000.0")
 }
 
 fn tiny(threads: usize) -> Model {
@@ -99,9 +113,15 @@ struct Case {
     expected: Generation,
 }
 
+/// A text of the built-in model that begins to repeat itself.
+fn repetitive(model: &Model) -> Vec<u32> {
+    alone(model, &[1, 2, 3], &options(200)).tokens
+}
+
 fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
     let context = model.config().context_length;
     let vocab_size = model.vocab_size();
+    let repetitive = repetitive(model);
     let prefixes: Vec<Vec<u32>> = (0..3)
         .map(|_| (0..16 + random.below(200)).map(|_| random.below(vocab_size) as u32).collect())
         .collect();
@@ -117,6 +137,7 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
             match random.below(8) {
                 // A prompt that others begin with, in whole blocks.
                 0 => prompt = prefixes[0][..prefixes[0].len() / 16 * 16].to_vec(),
+                1 => prompt = repetitive[..1 + random.below(repetitive.len())].to_vec(),
                 _ => prompt.resize_with(length, || random.below(vocab_size) as u32),
             }
             let end_ids = match random.below(2) {
@@ -142,8 +163,9 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
         .collect()
 }
 
-fn submit(engine: &Engine, case: &Case) -> TokenStream {
+fn submit(engine: &Engine, case: &Case, speculation: Option<Speculation>) -> TokenStream {
     let mut request = request(&case.prompt, &case.options);
+    request.speculation = speculation;
     request.priority = case.priority;
     request.client = case.client;
     request.buffer = case.buffer;
@@ -151,11 +173,11 @@ fn submit(engine: &Engine, case: &Case) -> TokenStream {
 }
 
 /// Reads the events of a case and compares them, or goes away when the case says so.
-fn check(case: &Case, mut stream: TokenStream) {
+fn check(case: &Case, mut stream: TokenStream) -> Option<Usage> {
     let expected = &case.expected;
     for read in 0.. {
         if case.cancel_after == Some(read) {
-            return;
+            return None;
         }
         match stream.next().unwrap().unwrap() {
             Event::Token(token) => {
@@ -166,49 +188,75 @@ fn check(case: &Case, mut stream: TokenStream) {
                 assert_eq!((read, reason), (expected.tokens.len(), expected.finish_reason));
                 assert_eq!(usage.prompt_tokens, case.prompt.len());
                 assert_eq!(usage.output_tokens, read);
-                return;
+                assert!(usage.accepted_tokens <= usage.proposed_tokens.min(read), "{usage:?}");
+                return Some(usage);
             }
+        }
+    }
+    unreachable!("an end comes")
+}
+
+/// Requests and what each gets alone, without shortcuts.
+fn two_hundred_cases() -> &'static [Case] {
+    static CASES: OnceLock<Vec<Case>> = OnceLock::new();
+    CASES.get_or_init(|| cases(&open(1, Shortcuts::NONE), 200, &mut Random::new(20)))
+}
+
+/// Little room for what 200 cases need, so many bytes for each replica, and so much to do for the
+/// schedulers.
+fn tight(replicas: usize, kv_bytes: u64, random: &mut Random) -> EngineOptions {
+    EngineOptions {
+        replicas,
+        max_sequences: 8,
+        step_tokens: 32 + random.below(100),
+        queue: 60,
+        kv_bytes: replicas as u64 * kv_bytes,
+        ..EngineOptions::default()
+    }
+}
+
+/// Submits the cases and compares what each gets with what it gets alone. Returns what those took that
+/// came to their end.
+fn run(
+    engine: &Engine,
+    cases: &[Case],
+    random: &mut Random,
+    speculation: impl Fn(&mut Random) -> Option<Speculation>,
+) -> (EngineStatistics, Vec<(Option<Speculation>, Usage)>) {
+    let (mut streams, mut usages) = (Vec::new(), Vec::new());
+    let mut cases = cases.iter();
+    loop {
+        let case = cases.next();
+        if let Some(case) = case {
+            let speculation = speculation(random);
+            streams.push((case, speculation, submit(engine, case, speculation)));
+        }
+        // Many wait; those whose turn to be read comes late fill their rings and pause.
+        while streams.len() > if case.is_some() { 60 } else { 0 } {
+            let (case, speculation, stream) = streams.swap_remove(random.below(streams.len()));
+            usages.extend(check(case, stream).map(|usage| (speculation, usage)));
+        }
+        if case.is_none() {
+            return (idle(engine), usages);
         }
     }
 }
 
 #[test]
 fn random_requests_get_the_tokens_they_get_alone() {
-    let random = &mut Random::new(20);
-    // What is expected comes without shortcuts.
-    let cases = cases(&open(1, Shortcuts::NONE), 200, random);
+    let random = &mut Random::new(21);
+    let cases = two_hundred_cases();
     let reasons: Vec<FinishReason> = cases.iter().map(|c| c.expected.finish_reason).collect();
     assert!(reasons.contains(&FinishReason::Stop) && reasons.contains(&FinishReason::Length));
     for (threads, replicas, stages) in [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 2), (2, 2, 3)] {
         for prefix_reuse in [false, true] {
             let shortcuts = Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL };
-            let model = open_in_stages(stages, threads, shortcuts);
+            let model = open_from("tiny", stages, threads, shortcuts);
             assert_eq!(model.stages().len(), stages);
-            let engine = model
-                .engine(EngineOptions {
-                    replicas,
-                    max_sequences: 8,
-                    step_tokens: 32 + random.below(100),
-                    queue: 60,
-                    // A little more than the longest request needs, for each replica.
-                    kv_bytes: replicas as u64 * kv_bytes(&model, 700),
-                    ..EngineOptions::default()
-                })
-                .unwrap();
-            let mut streams = Vec::new();
-            for case in &cases {
-                streams.push((case, submit(&engine, case)));
-                // Many wait; those whose turn to be read comes late fill their rings and pause.
-                while streams.len() > 60 {
-                    let (case, stream) = streams.swap_remove(random.below(streams.len()));
-                    check(case, stream);
-                }
-            }
-            while !streams.is_empty() {
-                let (case, stream) = streams.swap_remove(random.below(streams.len()));
-                check(case, stream);
-            }
-            let statistics = idle(&engine);
+            // A little more than the longest request needs, for each replica.
+            let options = tight(replicas, kv_bytes(&model, 700), random);
+            let engine = model.engine(options).unwrap();
+            let (statistics, _) = run(&engine, cases, random, |_| None);
             println!(
                 "{replicas} replicas of {threads} threads in {stages} stages, prefix reuse \
                  {prefix_reuse}: {statistics:?}"
@@ -217,18 +265,253 @@ fn random_requests_get_the_tokens_they_get_alone() {
             assert_eq!(statistics.kv.reused_tokens > 1000, prefix_reuse, "{statistics:?}");
             assert_eq!(statistics.kv.evicted_blocks > 100, prefix_reuse, "{statistics:?}");
             assert_eq!(statistics.kv.copied_blocks > 0, prefix_reuse, "{statistics:?}");
+            assert_eq!(statistics.proposed_tokens, 0);
             assert!(model.shortcut_counts().head_rows > 0, "some rows are screened");
         }
     }
 }
 
+#[test]
+fn random_requests_whose_tokens_are_guessed_get_the_tokens_they_get_alone() {
+    let random = &mut Random::new(22);
+    let cases = two_hundred_cases();
+    for (threads, replicas, stages) in [(1, 1, 1), (2, 1, 1), (1, 3, 2)] {
+        for prefix_reuse in [false, true] {
+            let shortcuts = Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL };
+            let model = open_from("tiny", stages, threads, shortcuts);
+            // The same tokens fit for both models.
+            let options = tight(replicas, 2 * kv_bytes(&model, 700), random);
+            let engine = model.engine_with_draft(&tiny_draft(threads), options).unwrap();
+            let (statistics, usages) = run(&engine, cases, random, |random| {
+                let proposer = [Proposer::PromptLookup, Proposer::DraftModel][random.below(2)];
+                let tokens = 1 + random.below(16);
+                (random.below(8) > 0).then_some(Speculation { proposer, tokens })
+            });
+            println!(
+                "{replicas} replicas of {threads} threads in {stages} stages, prefix reuse \
+                 {prefix_reuse}: {statistics:?}"
+            );
+            assert!(statistics.preemptions > 20, "{statistics:?}");
+            assert_eq!(statistics.kv.reused_tokens > 1000, prefix_reuse, "{statistics:?}");
+            assert!(model.shortcut_counts().head_rows > 0, "some rows are screened");
+            for proposer in [Proposer::PromptLookup, Proposer::DraftModel] {
+                let by = |speculation: &Option<Speculation>| {
+                    speculation.is_some_and(|speculation| speculation.proposer == proposer)
+                };
+                let usages = usages.iter().filter(|(speculation, _)| by(speculation));
+                let (proposed, accepted) = usages.fold((0, 0), |(proposed, accepted), (_, u)| {
+                    (proposed + u.proposed_tokens, accepted + u.accepted_tokens)
+                });
+                println!("{proposer:?}: {accepted} of {proposed} were right");
+                assert!(accepted > 10 && proposed - accepted > 10, "{proposer:?}");
+            }
+        }
+    }
+}
+
+/// What a request gets whose tokens are guessed.
+fn guessed(
+    engine: &Engine,
+    prompt: &[u32],
+    options: &GenerateOptions,
+    speculation: Speculation,
+) -> (Vec<u32>, Finish) {
+    let mut request = request(prompt, options);
+    request.speculation = Some(speculation);
+    let (tokens, finish) = read(&mut engine.submit(request).unwrap());
+    (tokens, finish.unwrap())
+}
+
+#[test]
+fn a_model_that_is_its_own_draft_is_always_right() {
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    let ways = [
+        SamplingParams::default(),
+        SamplingParams { temperature: 1.0, seed: 3, ..SamplingParams::default() },
+        SamplingParams { temperature: 0.9, top_k: 30, seed: 4, ..SamplingParams::default() },
+        SamplingParams {
+            repetition_penalty: 1.2,
+            presence_penalty: 0.4,
+            repeat_last_n: Some(20),
+            logprobs: Some(1),
+            ..SamplingParams::default()
+        },
+    ];
+    for (index, sampling) in ways.into_iter().enumerate() {
+        let options = GenerateOptions { sampling, ..options(61) };
+        // Longer than a step, so that the draft model needs more than one to read it.
+        let prompt: Vec<u32> = (0..300).map(|i| (7 * i + index as u32) % 2000).collect();
+        let before = engine.statistics().unwrap().steps;
+        let (tokens, finish) = guessed(&engine, &prompt, &options, Speculation::draft_model());
+        assert_eq!(tokens, alone(&model, &prompt, &options).tokens);
+        let Finish { usage, .. } = finish;
+        assert_eq!(usage.accepted_tokens, usage.proposed_tokens, "{usage:?}");
+        // Five tokens in most steps.
+        assert!(usage.accepted_tokens > 40, "{usage:?}");
+        let steps = (engine.statistics().unwrap().steps - before) as usize;
+        assert_eq!(steps, 300usize.div_ceil(128) + 60 - usage.accepted_tokens);
+    }
+}
+
+#[test]
+fn a_draft_model_that_was_wrong_goes_on_from_what_came() {
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    let mut request = request(&[1, 2, 3], &options(80));
+    request.speculation = Some(Speculation::draft_model());
+    // Tokens that it does not expect.
+    let surprises = [10, 30, 50, 70];
+    request.processors.push(Box::new(
+        move |_: &[u32], output_tokens: usize, logits: &mut [f32]| {
+            if surprises.contains(&output_tokens) {
+                logits[1000] = 1e9;
+            }
+        },
+    ));
+    let usage = read(&mut engine.submit(request).unwrap()).1.unwrap().usage;
+    // Those that were guessed for a surprise and after it, and no more.
+    let rejected = usage.proposed_tokens - usage.accepted_tokens;
+    assert!((1..=4 * surprises.len()).contains(&rejected), "{usage:?}");
+    assert!(usage.accepted_tokens > 30, "{usage:?}");
+}
+
+#[test]
+fn a_token_that_ends_the_output_ends_it_among_accepted_ones_too() {
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    let sampling = SamplingParams { temperature: 1.0, seed: 8, ..SamplingParams::default() };
+    let mut options = GenerateOptions { sampling, ..options(40) };
+    let expected = alone(&model, &[1, 2, 3], &options).tokens;
+    let draft = Speculation { proposer: Proposer::DraftModel, tokens: 16 };
+    for length in 0..40 {
+        options.max_tokens = length;
+        let (tokens, finish) = guessed(&engine, &[1, 2, 3], &options, draft);
+        assert_eq!((&tokens[..], finish.reason), (&expected[..length], FinishReason::Length));
+        options.max_tokens = 40;
+        options.end_ids = BTreeSet::from([expected[length]]);
+        let (tokens, finish) = guessed(&engine, &[1, 2, 3], &options, draft);
+        let end = expected.iter().position(|token| *token == expected[length]).unwrap();
+        assert_eq!((&tokens[..], finish.reason), (&expected[..end], FinishReason::Stop));
+        options.end_ids.clear();
+    }
+    assert!(idle(&engine).accepted_tokens > 500);
+}
+
+#[test]
+fn guesses_do_not_change_what_logits_processors_see() {
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    let run = |speculation| {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let mut request = request(&[1, 2, 3], &options(60));
+        request.speculation = speculation;
+        let log = Arc::clone(&seen);
+        request.processors.push(Box::new(
+            move |tokens: &[u32], output_tokens: usize, logits: &mut [f32]| {
+                log.lock().unwrap().push((tokens.to_vec(), output_tokens, logits.to_vec()));
+                // At first what the sequence expects and no draft model, then the other way round.
+                if output_tokens < 34 {
+                    logits[100 + output_tokens % 6] = 1e9;
+                }
+            },
+        ));
+        let (tokens, finish) = read(&mut engine.submit(request).unwrap());
+        let usage = finish.unwrap().usage;
+        (tokens, std::mem::take(&mut *seen.lock().unwrap()), usage)
+    };
+    let (tokens, seen, _) = run(None);
+    for speculation in [Speculation::prompt_lookup(), Speculation::draft_model()] {
+        let (same_tokens, same_seen, usage) = run(Some(speculation));
+        assert!(same_tokens == tokens && same_seen == seen);
+        assert!(usage.accepted_tokens > 0, "{usage:?}");
+        assert!(usage.accepted_tokens < usage.proposed_tokens, "{usage:?}");
+    }
+}
+
+#[test]
+fn a_full_ring_is_no_place_for_accepted_tokens() {
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    let mut slow = request(&[1, 2, 3], &options(100));
+    slow.speculation = Some(Speculation::draft_model());
+    slow.buffer = 7;
+    let mut slow = engine.submit(slow).unwrap();
+    while engine.statistics().unwrap().output_tokens < 7 {
+        std::thread::yield_now();
+    }
+    assert_eq!(engine.statistics().unwrap().output_tokens, 7);
+    assert_eq!(read(&mut slow).0, alone(&model, &[1, 2, 3], &options(100)).tokens);
+}
+
+#[test]
+fn a_draft_model_with_a_shorter_context_guesses_up_to_its_end() {
+    let context = |tokens: &str| format!("\"max_position_embeddings\": {tokens}");
+    let draft = altered(1, "config.json", &context("512"), &context("40"));
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&draft, EngineOptions::default()).unwrap();
+    let speculation = Speculation::draft_model();
+    let (tokens, finish) = guessed(&engine, &[1, 2, 3], &options(100), speculation);
+    assert_eq!(tokens, alone(&model, &[1, 2, 3], &options(100)).tokens);
+    // All 38 guesses after 3 tokens, but for the first token of each step.
+    let Finish { usage, .. } = finish;
+    assert!((25..=38).contains(&usage.accepted_tokens), "{usage:?}");
+    assert_eq!(usage.accepted_tokens, usage.proposed_tokens);
+    let (tokens, finish) = guessed(&engine, &[5; 41], &options(9), speculation);
+    assert_eq!(tokens, alone(&model, &[5; 41], &options(9)).tokens);
+    assert_eq!(finish.usage.proposed_tokens, 0);
+}
+
+#[test]
+fn without_the_shortcut_nothing_is_guessed() {
+    let model = open(1, Shortcuts { speculation: false, ..Shortcuts::ALL });
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    for speculation in [Speculation::prompt_lookup(), Speculation::draft_model()] {
+        let (tokens, finish) = guessed(&engine, &[1, 2, 3], &options(60), speculation);
+        assert_eq!(tokens, alone(&model, &[1, 2, 3], &options(60)).tokens);
+        assert_eq!(finish.usage.proposed_tokens, 0);
+    }
+}
+
+#[test]
+fn guesses_that_nobody_can_make_are_refused_with_the_reason() {
+    let model = tiny(1);
+    let engine = model.engine(EngineOptions::default()).unwrap();
+    let refused = |proposer, tokens| {
+        let mut request = request(&[1, 2, 3], &options(5));
+        request.speculation = Some(Speculation { proposer, tokens });
+        engine.submit(request).err().expect("it is refused")
+    };
+    for tokens in [0, 17] {
+        let error = refused(Proposer::PromptLookup, tokens).to_string();
+        assert!(error.contains(&format!("guessed per step is {tokens}; give 1 to 16")), "{error}");
+    }
+    assert!(matches!(refused(Proposer::DraftModel, 4), Error::NoDraftModel));
+
+    let refused = |draft: &Model| {
+        let engine = model.engine_with_draft(draft, EngineOptions::default());
+        engine.err().expect("it is refused").to_string()
+    };
+    let token = "<|reserved_special_token_0|>";
+    let other = altered(1, "tokenizer.json", token, "<|another|>");
+    assert!(refused(&other).contains("in which token 2038 is another"), "{}", refused(&other));
+    for (name, reason) in
+        [("bitnet-1bitllm", "2048 tokens and not 1024"), ("qwen3-embedding", "embeddings")]
+    {
+        let path = golden(name).expect("it is in this repository");
+        let draft = open_from(path.to_str().unwrap(), 1, 1, Shortcuts::ALL);
+        assert!(refused(&draft).contains(reason), "{}", refused(&draft));
+    }
+}
+
 /// The statistics once nothing runs and nothing waits.
-fn idle(engine: &Engine) -> bitnet_inference::EngineStatistics {
+fn idle(engine: &Engine) -> EngineStatistics {
     let end = Instant::now() + Duration::from_secs(60);
     loop {
         let statistics = engine.statistics().unwrap();
         if statistics.running + statistics.waiting == 0 {
             assert_eq!(statistics.kv.used_blocks, 0);
+            assert_eq!(statistics.draft_kv.used_blocks, 0);
             return statistics;
         }
         assert!(Instant::now() < end, "somebody is stuck: {statistics:?}");

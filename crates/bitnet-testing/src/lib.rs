@@ -7,6 +7,7 @@ mod random;
 
 pub use random::Random;
 
+use std::fs;
 use std::path::{Path, PathBuf};
 
 fn workspace_root() -> &'static Path {
@@ -34,6 +35,23 @@ pub fn golden(path: &str) -> Option<PathBuf> {
 /// The folder of the model that is built into the program.
 pub fn tiny_model() -> PathBuf {
     workspace_root().join("models/tiny")
+}
+
+/// Copies the model that is built into the program into a folder, with `after` in place of `before`
+/// in one of its files.
+///
+/// # Panics
+/// If a file cannot be copied, or `before` is not in it.
+pub fn altered_tiny_model(folder: &Path, file: &str, before: &str, after: &str) {
+    for entry in fs::read_dir(tiny_model()).expect("the folder of the model") {
+        let path = entry.expect("an entry of the folder").path();
+        if path.is_file() {
+            fs::copy(&path, folder.join(path.file_name().expect("it has a name"))).expect("a copy");
+        }
+    }
+    let text = fs::read_to_string(folder.join(file)).expect("a file of text");
+    assert!(text.contains(before), "{before} is in {file}");
+    fs::write(folder.join(file), text.replace(before, after)).expect("a changed copy");
 }
 
 /// A file or folder of the training and test data: from the copy in this crate, or from

@@ -285,13 +285,19 @@ impl Chain {
         candidates.distribution()
     }
 
-    /// Collects the tokens that the adjustments at the beginning of the chain touch, ascending, each
-    /// once, and returns the filters after them.
-    pub(super) fn touched(&self, history: History<'_>, touched: &mut Vec<u32>) -> &[Filter] {
+    /// Collects the tokens that the adjustments at the beginning of the chain touch after any of some
+    /// histories, ascending, each once, and returns the filters after them.
+    pub(super) fn touched<'a>(
+        &self,
+        histories: impl Iterator<Item = History<'a>>,
+        touched: &mut Vec<u32>,
+    ) -> &[Filter] {
         let adjustments = self.filters.iter().take_while(|filter| filter.is_adjustment()).count();
         touched.clear();
-        for filter in &self.filters[..adjustments] {
-            filter.touched(history, touched);
+        for history in histories {
+            for filter in &self.filters[..adjustments] {
+                filter.touched(history, touched);
+            }
         }
         touched.sort_unstable();
         touched.dedup();

@@ -40,6 +40,11 @@ struct Engine {
     scheduler: Scheduler<Request>,
     keys: Vec<u64>,
     block_tokens: usize,
+    /// Guesses tokens, and three of four right.
+    guesses: Random,
+    /// Guesses that were right and wrong.
+    right: usize,
+    wrong: usize,
 }
 
 impl Engine {
@@ -51,6 +56,9 @@ impl Engine {
             scheduler: Scheduler::new(cache, limits, PLACES),
             keys: vec![0; blocks * block_tokens],
             block_tokens,
+            guesses: Random::new(9),
+            right: 0,
+            wrong: 0,
         }
     }
 
@@ -61,10 +69,36 @@ impl Engine {
         self.scheduler.submit(request, prompt.to_vec(), most_tokens, standing)
     }
 
+    /// Lets every sequence wish for up to so many proposals, and no more than its output has room
+    /// for.
+    fn wish(&mut self, most: usize) {
+        for (_, sequence) in self.scheduler.sequences_mut() {
+            let room = sequence.request.expected.len() - sequence.tokens().len() - 1;
+            sequence.wish = most.min(room);
+        }
+    }
+
+    /// Makes the guesses that the step has room for.
+    fn guess(&mut self) {
+        for index in 0..self.scheduler.batch().len() {
+            let slot = self.scheduler.batch()[index].slot;
+            while self.scheduler.sequence(slot).proposals_left() > 0 {
+                let sequence = self.scheduler.sequence(slot);
+                let next = sequence.request.expected[sequence.tokens_and_proposals().len()];
+                let token = match self.guesses.below(4) {
+                    0 => (next + 1) % 3,
+                    _ => next,
+                };
+                self.scheduler.propose(slot, token);
+            }
+        }
+    }
+
     /// Runs one step; returns what was in it and which sequences are finished.
     fn step(&mut self) -> (Vec<Work>, Vec<usize>) {
         self.scheduler.schedule();
         self.check();
+        self.guess();
         let block_tokens = self.block_tokens;
         for &(from, to) in self.scheduler.copies() {
             let from = from as usize * block_tokens;
@@ -76,9 +110,9 @@ impl Engine {
                 let block = sequence.blocks()[position / block_tokens] as usize;
                 block * block_tokens + position % block_tokens
             };
-            for position in work.position..work.position + work.count {
+            for (position, &token) in (work.position..).zip(sequence.tokens_of(work)) {
                 let before = if position == 0 { 0 } else { self.keys[place(position - 1)] };
-                self.keys[place(position)] = hash(before, sequence.tokens()[position]);
+                self.keys[place(position)] = hash(before, token);
             }
         }
         self.scheduler.complete();
@@ -86,18 +120,25 @@ impl Engine {
         let batch = self.scheduler.batch().to_vec();
         for work in &batch {
             let sequence = self.scheduler.sequence(work.slot);
-            if sequence.is_computed() {
+            let proposed = sequence.proposals();
+            let mut goes_on = sequence.is_computed();
+            let before = self.right;
+            while goes_on {
+                let sequence = self.scheduler.sequence(work.slot);
                 let last = sequence.tokens().len() - 1;
                 let block = sequence.blocks()[last / block_tokens] as usize;
                 let key = self.keys[block * block_tokens + last % block_tokens];
-                self.scheduler.push(work.slot, (key % 3) as u32);
+                goes_on = self.scheduler.push(work.slot, (key % 3) as u32);
+                self.right += usize::from(goes_on);
                 let sequence = self.scheduler.sequence(work.slot);
                 let known = sequence.tokens();
                 assert_eq!(known, &sequence.request.expected[..known.len()]);
+                assert_eq!(sequence.is_computed(), goes_on);
                 if known.len() == sequence.request.expected.len() {
                     finished.push(work.slot);
                 }
             }
+            self.wrong += proposed - (self.right - before);
         }
         for &slot in &finished {
             self.scheduler.remove(slot);
@@ -109,7 +150,9 @@ impl Engine {
     fn check(&self) {
         let Scheduler { limits, batch, running, waiting, .. } = &self.scheduler;
         assert!(running.len() <= limits.max_sequences);
-        assert!(batch.iter().map(|work| work.count).sum::<usize>() <= limits.step_tokens);
+        let proposals = |work: &Work| self.scheduler.sequence(work.slot).proposals_left();
+        let tokens = batch.iter().map(|work| work.count + proposals(work));
+        assert!(tokens.sum::<usize>() <= limits.step_tokens);
         let mut slots: Vec<usize> = running.iter().chain(waiting).copied().collect();
         slots.sort_unstable();
         let live = self.scheduler.sequences.iter().enumerate();
@@ -136,7 +179,7 @@ fn standing(priority: i32) -> Standing {
 
 #[test]
 fn random_requests_in_little_memory_get_the_tokens_they_get_alone() {
-    let mut preemptions = 0;
+    let (mut preemptions, mut right, mut wrong) = (0, 0, 0);
     for seed in 0..40 {
         let random = &mut Random::new(seed);
         let (block_tokens, blocks) = (1 + random.below(4), 12 + random.below(20));
@@ -171,6 +214,8 @@ fn random_requests_in_little_memory_get_the_tokens_they_get_alone() {
                     pauses += usize::from(*paused);
                 }
                 _ => {
+                    // Half of the runs speculate.
+                    engine.wish(if seed % 4 < 2 { random.below(5) } else { 0 });
                     let (_, finished) = engine.step();
                     live.retain(|slot| !finished.contains(slot));
                 }
@@ -182,6 +227,7 @@ fn random_requests_in_little_memory_get_the_tokens_they_get_alone() {
         }
         let mut steps = 0;
         while !live.is_empty() {
+            engine.wish(0);
             let (batch, finished) = engine.step();
             assert!(!batch.is_empty(), "nobody is stuck");
             live.retain(|slot| !finished.contains(slot));
@@ -191,8 +237,10 @@ fn random_requests_in_little_memory_get_the_tokens_they_get_alone() {
         assert_eq!(engine.scheduler.cache.available(), blocks);
         assert_eq!(engine.scheduler.counts(), (0, 0));
         preemptions += engine.scheduler.preemptions();
+        (right, wrong) = (right + engine.right, wrong + engine.wrong);
     }
     assert!(preemptions > 100, "{preemptions}");
+    assert!(right > 1000 && wrong > 1000, "{right} guesses were right and {wrong} wrong");
 }
 
 const AMPLE: Limits = Limits { max_sequences: 4, step_tokens: 8 };
@@ -208,6 +256,81 @@ fn decode_goes_on_beside_a_long_prompt() {
         let count = |slot| batch.iter().find(|work| work.slot == slot).unwrap().count;
         assert_eq!((count(decoding), count(long)), (1, 7));
     }
+}
+
+/// Wished and granted proposals of the next step.
+fn granted(engine: &mut Engine, most: usize) -> Vec<usize> {
+    engine.wish(most);
+    engine.scheduler.schedule();
+    let works = engine.scheduler.batch().iter();
+    works.map(|work| engine.scheduler.sequence(work.slot).proposals_left()).collect()
+}
+
+#[test]
+fn proposals_take_what_is_left_of_the_step() {
+    let mut engine = Engine::new(4, 100, true, AMPLE);
+    engine.submit(&[1], 50, standing(0));
+    engine.step();
+    assert_eq!(granted(&mut engine, 3), [3]);
+    assert_eq!(granted(&mut engine, 20), [7]);
+    engine.submit(&[2], 50, standing(0));
+    engine.wish(0);
+    engine.step();
+    assert_eq!(granted(&mut engine, 5), [5, 1]);
+    // A prompt comes before them.
+    engine.submit(&[0; 5], 5, standing(0));
+    assert_eq!(granted(&mut engine, 5), [1, 0, 0]);
+}
+
+#[test]
+fn proposals_take_no_block_that_somebody_may_need() {
+    let mut engine = Engine::new(2, 6, false, AMPLE);
+    engine.submit(&[1, 2], 9, standing(0));
+    engine.submit(&[2, 1], 9, standing(0));
+    engine.step();
+    // Each has two blocks, half of the second is free, and the two that are left are one for each.
+    assert_eq!(granted(&mut engine, 5), [1, 1]);
+    // With more blocks, they take them.
+    let mut engine = Engine::new(2, 8, false, AMPLE);
+    engine.submit(&[1, 2], 9, standing(0));
+    engine.submit(&[2, 1], 9, standing(0));
+    engine.step();
+    assert_eq!(granted(&mut engine, 5), [5, 1]);
+    assert_eq!(engine.scheduler.cache.available(), 2);
+}
+
+#[test]
+fn a_client_is_charged_for_accepted_tokens_and_not_for_rejected_ones() {
+    let mut engine = Engine::new(4, 100, false, AMPLE);
+    let slot = engine.submit(&[1; 4], 20, standing(0));
+    assert!((0..20).any(|_| {
+        engine.wish(4);
+        engine.step().1 == [slot]
+    }));
+    assert!(engine.right > 0 && engine.wrong > 0);
+    assert_eq!(engine.scheduler.clients[0].served, 23, "what is computed without guesses");
+}
+
+#[test]
+fn what_was_rejected_cannot_be_found_and_what_was_accepted_can() {
+    let mut engine = Engine::new(2, 100, true, AMPLE);
+    let slot = engine.submit(&[1, 2], 12, standing(0));
+    let expected = engine.scheduler.sequence(slot).request.expected.clone();
+    engine.step();
+    assert_eq!(granted(&mut engine, 4), [4]);
+    let wrong = (expected[4] + 1) % 3;
+    for guess in [expected[3], wrong, 0, 0] {
+        engine.scheduler.propose(slot, guess);
+    }
+    engine.scheduler.complete();
+    assert!(engine.scheduler.push(slot, expected[3]));
+    assert!(!engine.scheduler.push(slot, expected[4]));
+    engine.scheduler.remove(slot);
+    // Two blocks of known tokens; the third held one that was rejected.
+    let mut table = BlockTable::default();
+    let tokens = [&expected[..4], &[wrong, 0, 0]].concat();
+    let admission = engine.scheduler.cache.admit(&mut table, &tokens, 0).unwrap();
+    assert_eq!(admission.computed, 4);
 }
 
 #[test]
