@@ -95,14 +95,15 @@ pub struct Model {
 }
 
 impl Model {
-    /// Loads a model: `tiny`, a directory or a file.
+    /// Loads a model: `tiny`, a directory or a file. What can be used where it lies in the files stays
+    /// mapped: everything of a `.bitnet` file, the embedding and the head of others.
     pub fn open(model: &str, options: &ModelOptions) -> Result<Self, Error> {
         Self::load(source::open(model)?, &one_device(options), options, &mut go_on)
     }
 
     /// As [`open`](Model::open), for a model whose weights are used as they lie in its file: a
-    /// `.bitnet` file for the CPU. It is there in milliseconds, takes memory as it is used, and gives
-    /// it back when the system is short of it. While it is loaded, the file must not be rewritten or
+    /// `.bitnet` file for the CPU. Loading reads next to nothing of it; memory is taken as it is used,
+    /// and given back when the system is short of it. While it is loaded, the file must not be rewritten or
     /// cut short in place; replacing it by renaming and deleting it are safe where the system keeps
     /// files that are open (not on Windows, which refuses).
     ///
