@@ -329,11 +329,11 @@ impl Model {
         if own != others {
             return Some(format!("which has {own} tokens and not {others}"));
         }
-        let token = |model: &Model, id| {
-            let tokenizer = model.tokenizer();
-            (tokenizer.token_bytes(id).ok().map(<[u8]>::to_vec), tokenizer.is_special(id))
+        let (tokenizer, other) = (self.tokenizer(), other.tokenizer());
+        let differs = |&id: &u32| {
+            tokenizer.token_bytes(id).ok() != other.token_bytes(id).ok()
+                || tokenizer.is_special(id) != other.is_special(id)
         };
-        let differs = |&id: &u32| token(self, id) != token(other, id);
         (0..own as u32).find(differs).map(|id| format!("in which token {id} is another"))
     }
 
