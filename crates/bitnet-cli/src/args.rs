@@ -453,7 +453,9 @@ pub struct DoctorArgs {
 pp512 reads a prompt of 512 tokens up to the first token after it, tg128
 generates 128 tokens greedily, tg128x4@1000 does so for 4 sequences at once
 that hold 1000 tokens each. Every test runs once to warm up and then --reps
-times. What the columns mean is in docs/performance.md.
+times. What the columns mean is in docs/performance.md. --ops measures single
+operations on weights that stay in the cache, --grade what a user of the
+model meets, with marks from A+ to D.
 
 Examples:
   bitnet bench
@@ -463,6 +465,14 @@ Examples:
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelName,
+
+    /// Measure single operations in place of a model
+    #[arg(long, conflicts_with_all = ["model", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings"])]
+    pub ops: bool,
+
+    /// Measure requests, a batch, memory and this machine, and grade them
+    #[arg(long, conflicts_with_all = ["ops", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings", "threads"])]
+    pub grade: bool,
 
     /// Random weights of a known shape in place of a model
     #[arg(long, value_name = "NAME", value_parser = shape_names(), conflicts_with = "model")]

@@ -96,6 +96,9 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The system does not tell what was to be measured.
+    #[error("this system does not tell {0}: leave it out")]
+    NotMeasured(&'static str),
     /// Something was asked of an engine without a model.
     #[error("no model is loaded: call load_model first")]
     NoModel,

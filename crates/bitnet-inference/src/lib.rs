@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod benchmark;
 pub mod builder;
 pub mod engine;
 pub mod error;
@@ -22,6 +23,7 @@ pub mod stop;
 mod stream;
 mod transcript;
 
+pub use benchmark::{Benchmark, benchmark};
 pub use bitnet_core::backend::KvType;
 pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
