@@ -58,6 +58,10 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how fast a model reads and writes
     Bench(BenchArgs),
+    /// Print a script that lets a shell complete commands and flags
+    Completions(CompletionsArgs),
+    /// Write the manual pages
+    Man(ManArgs),
 }
 
 /// A model by itself.
@@ -412,6 +416,30 @@ pub struct InfoArgs {
 
     #[command(flatten)]
     pub model: ModelName,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnet completions bash > ~/.local/share/bash-completion/completions/bitnet
+  bitnet completions zsh > \"${fpath[1]}/_bitnet\"
+  bitnet completions fish > ~/.config/fish/completions/bitnet.fish")]
+pub struct CompletionsArgs {
+    /// The shell that is to read the script
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Writes bitnet.1 and a page for each command, such as bitnet-run.1.
+
+Example:
+  bitnet man ~/.local/share/man/man1")]
+pub struct ManArgs {
+    /// The folder to write to, which is made if it is not there
+    #[arg(value_name = "FOLDER")]
+    pub folder: PathBuf,
 }
 
 #[derive(Debug, Args)]
