@@ -9,7 +9,6 @@
 //! A token is the one that [`generate`](crate::generate()) would give. Each row of a step depends on its own
 //! sequence alone, and random numbers on the seed and the position in the output.
 
-use std::any::Any;
 use std::collections::BTreeSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -23,7 +22,9 @@ use bitnet_model::decoder::{Decoder, Step, Workspace};
 
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
+use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary, panic_message};
 use crate::kv_cache::{KvCache, KvStatistics};
+use crate::masks::{Guide, MaskWorker};
 use crate::request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
 use crate::sampler::{Candidate, Candidates, InvalidParameter, Sampled, Sampler, Selection};
 use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing, Work};
@@ -113,6 +114,7 @@ struct Handle {
     limits: (usize, usize),
     /// Tokens whose keys and values fit the budget.
     kv_tokens: usize,
+    vocabulary: Arc<Vocabulary>,
 }
 
 enum Message {
@@ -132,6 +134,8 @@ struct Submission {
 struct Active {
     sampler: Sampler,
     processors: Vec<Box<dyn LogitsProcessor>>,
+    /// Where its constraint stands, if it has one.
+    guide: Option<Guide>,
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
     most_output_tokens: usize,
@@ -148,14 +152,29 @@ impl Active {
     /// What it needs of the logits after `tokens`, if not all.
     fn selection(&mut self, tokens: &[u32]) -> Option<Selection<'_>> {
         let position = self.output_tokens(tokens) as u64;
-        if self.processors.is_empty() { self.sampler.selection(tokens, position) } else { None }
+        let needs_all = !self.processors.is_empty() || self.guide.is_some();
+        if needs_all { None } else { self.sampler.selection(tokens, position) }
+    }
+
+    /// Whether it has all its tokens and waits for its grammar, which knows how it ends.
+    fn has_all_tokens(&self, tokens: &[u32]) -> bool {
+        self.output_tokens(tokens) == self.most_output_tokens
+    }
+
+    /// Whether and how its grammar ends it; nothing is known while this is with the worker.
+    fn end(&self, tokens: &[u32]) -> Option<Result<FinishReason, Error>> {
+        match self.guide.as_ref()?.grammar()? {
+            Err(error) => Some(Err(error.clone().into())),
+            Ok(grammar) if grammar.is_complete() => Some(Ok(FinishReason::Stop)),
+            Ok(_) => self.has_all_tokens(tokens).then_some(Ok(FinishReason::Length)),
+        }
     }
 
     /// The token after `tokens`, from some logits or from all of them.
     fn sample(&mut self, tokens: &[u32], logits: Logits<'_>) -> Result<Sampled, Error> {
         let output_tokens = self.output_tokens(tokens);
         let position = output_tokens as u64;
-        let Active { sampler, processors, .. } = self;
+        let Active { sampler, processors, guide, .. } = self;
         match logits {
             Logits::Some(candidates) => {
                 Ok(sampler.sample_candidates(candidates, tokens, position)?)
@@ -167,8 +186,15 @@ impl Active {
                         processor.process(tokens, output_tokens, logits);
                     }
                 }))
-                .map_err(|panic| Error::ProcessorPanicked { message: message(&*panic) })?;
-                Ok(sampler.sample(logits, tokens, position)?)
+                .map_err(|panic| Error::ProcessorPanicked { message: panic_message(&*panic) })?;
+                // What processors did to tokens that may not come is of no use to these.
+                Ok(match guide.as_ref().and_then(Guide::grammar).transpose() {
+                    Ok(Some(grammar)) => {
+                        sampler.sample_among(logits, grammar.allowed().ids(), tokens, position)?
+                    }
+                    Ok(None) => sampler.sample(logits, tokens, position)?,
+                    Err(error) => return Err(error.clone().into()),
+                })
             }
         }
     }
@@ -179,13 +205,6 @@ enum Logits<'a> {
     All(&'a mut [f32]),
 }
 
-/// What a panic said.
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("without a message").to_owned()
-}
-
 impl Engine {
     /// Starts an engine on a thread of its own. With `prefix_reuse`, a prefix that was computed for
     /// one request serves others.
@@ -193,6 +212,7 @@ impl Engine {
         decoder: Arc<Decoder<B>>,
         options: EngineOptions,
         prefix_reuse: bool,
+        vocabulary: Arc<Vocabulary>,
     ) -> Result<Self, Error> {
         options.validate()?;
         let EngineOptions { max_sequences, block_tokens, .. } = options;
@@ -217,6 +237,8 @@ impl Engine {
             ),
             inbox,
             statistics: EngineStatistics::default(),
+            masks: MaskWorker::default(),
+            guided: Vec::with_capacity(places),
             tokens: Vec::with_capacity(step_tokens),
             spans: Vec::with_capacity(max_sequences),
             wanted: Vec::with_capacity(max_sequences),
@@ -240,6 +262,7 @@ impl Engine {
                 places: Places::new(places),
                 limits: (context_length, vocab_size),
                 kv_tokens: blocks * block_tokens,
+                vocabulary,
             }),
         })
     }
@@ -249,11 +272,22 @@ impl Engine {
     /// # Errors
     /// If the prompt is empty, longer than the context or has an unknown id; a parameter has a
     /// value that it cannot have; the KV cache could not hold the request even alone; there are
-    /// too many requests; or the engine has stopped.
+    /// too many requests; the constraint cannot be kept; or the engine has stopped.
     pub fn submit(&self, request: Request) -> Result<TokenStream, Error> {
-        let Request { prompt, sampling, max_tokens, end_ids, .. } = request;
+        self.submit_compiled(request, |constraint, end_ids| {
+            Grammar::new(&self.handle.vocabulary, constraint, end_ids)
+        })
+    }
+
+    /// Submits a request whose constraint, if it has one, is compiled in this way.
+    fn submit_compiled(
+        &self,
+        request: Request,
+        compile: impl FnOnce(&Constraint, &BTreeSet<u32>) -> Result<Grammar, ConstraintError>,
+    ) -> Result<TokenStream, Error> {
+        let Request { prompt, sampling, max_tokens, end_ids, constraint, .. } = request;
         let Request { priority, client, deadline, processors, buffer, .. } = request;
-        let (context_length, _) = self.handle.limits;
+        let (context_length, vocab_size) = self.handle.limits;
         check_tokens(&prompt, 0, self.handle.limits)?;
         let mut sampler = Sampler::new(&sampling)?;
         // The last token of an output is never computed.
@@ -264,6 +298,10 @@ impl Engine {
         }
         sampler.reserve(most_tokens);
         let place = self.handle.places.enter()?;
+        let guide = match &constraint {
+            Some(constraint) => Some(Guide::new(compile(constraint, &end_ids)?, vocab_size)),
+            None => None,
+        };
         let (mut events, stream) = TokenStream::new(self.clone(), buffer.min(most_output_tokens));
         let prompt_tokens = prompt.len();
         if most_output_tokens == 0 {
@@ -274,6 +312,7 @@ impl Engine {
         let active = Active {
             sampler,
             processors,
+            guide,
             end_ids,
             prompt_tokens,
             most_output_tokens,
@@ -351,7 +390,9 @@ struct StepLoop<B: Backend> {
     workspace: Workspace<B>,
     scheduler: Scheduler<Active>,
     statistics: EngineStatistics,
+    masks: MaskWorker,
     // Room for one step.
+    guided: Vec<usize>,
     tokens: Vec<u32>,
     spans: Vec<Span<'static>>,
     wanted: Vec<Wanted>,
@@ -424,8 +465,37 @@ impl<B: Backend> StepLoop<B> {
                 self.finish(slot, Err(Error::DeadlineExceeded));
             }
         }
-        for (_, sequence) in self.scheduler.sequences_mut() {
-            sequence.paused = sequence.request.events.is_full();
+        self.guided.clear();
+        for (slot, sequence) in self.scheduler.sequences_mut() {
+            let (active, tokens) = sequence.parts();
+            if active.guide.as_mut().is_some_and(Guide::poll) {
+                self.guided.push(slot);
+            }
+            let paused = active.events.is_full() || active.has_all_tokens(tokens);
+            sequence.paused = paused;
+        }
+        let mut guided = std::mem::take(&mut self.guided);
+        for slot in guided.drain(..) {
+            self.mask_came(slot);
+        }
+        self.guided = guided;
+    }
+
+    /// Ends a sequence whose mask has come, if it must, or samples from the logits that waited for it.
+    fn mask_came(&mut self, slot: usize) {
+        let sequence = self.scheduler.sequence_mut(slot);
+        // One that gave up its blocks meanwhile computes them anew.
+        let is_computed = sequence.is_computed();
+        let (active, tokens) = sequence.parts();
+        let end = active.end(tokens);
+        let guide = active.guide.as_mut().expect("a mask has come");
+        let waited = guide.take_late(&mut self.logits) && is_computed;
+        if let Some(end) = end {
+            self.finish(slot, end);
+        } else if waited {
+            let mut logits = std::mem::take(&mut self.logits);
+            self.sample(slot, Logits::All(&mut logits));
+            self.logits = logits;
         }
     }
 
@@ -515,11 +585,20 @@ impl<B: Backend> StepLoop<B> {
         Ok(screened)
     }
 
-    /// Gives a sequence its next token, or its end.
+    /// Gives a sequence its next token, or its end; lets the logits wait if its mask is not there.
     fn sample(&mut self, slot: usize, logits: Logits<'_>) {
         let sequence = self.scheduler.sequence_mut(slot);
         let reused_tokens = sequence.reused();
         let (active, tokens) = sequence.parts();
+        if let (Some(guide), Logits::All(logits)) = (&mut active.guide, &logits) {
+            guide.poll();
+            if guide.grammar().is_none() {
+                return guide.keep(logits);
+            }
+        }
+        if let Some(end) = active.end(tokens) {
+            return self.finish(slot, end);
+        }
         active.sampler.swap_candidates(&mut self.candidates);
         let sampled = active.sample(tokens, logits);
         active.sampler.swap_candidates(&mut self.candidates);
@@ -534,9 +613,12 @@ impl<B: Backend> StepLoop<B> {
         active.events.set_reused_tokens(reused_tokens);
         active.events.send(Ok(Event::Token(Token { id, logprobs, time: Instant::now() })));
         let last = active.output_tokens(tokens) + 1 == active.most_output_tokens;
+        let guided =
+            active.guide.as_mut().map(|guide| guide.advance(id, &mut self.masks)).is_some();
         self.scheduler.push(slot, id);
         self.statistics.output_tokens += 1;
-        if last {
+        // Whether a constrained output is complete is what its grammar says.
+        if last && !guided {
             self.finish(slot, Ok(FinishReason::Length));
         }
     }
@@ -558,5 +640,53 @@ impl<B: Backend> StepLoop<B> {
         while let Some(slot) = self.scheduler.find(|_| true) {
             self.finish(slot, Err(Error::EngineStopped { reason: error.to_string() }));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grammar::tests::broken;
+    use crate::model::{Model, ModelOptions};
+    use crate::sampler::SamplingParams;
+
+    #[test]
+    fn a_grammar_that_panics_fails_its_own_request() {
+        let model = Model::open("tiny", &ModelOptions::default()).unwrap();
+        let engine = model.engine(EngineOptions::default()).unwrap();
+        let request = |constraint: Option<&str>| {
+            let mut request = Request::new(vec![1, 2, 3], SamplingParams::default(), 60);
+            request.constraint = constraint.map(|text| Constraint::Regex(text.to_owned()));
+            request
+        };
+        let read = |mut stream: TokenStream| {
+            let mut tokens = 0;
+            loop {
+                match stream.next().expect("an end comes before nothing") {
+                    Ok(Event::Token(_)) => tokens += 1,
+                    Ok(Event::Finished(_)) => return (tokens, None),
+                    Err(error) => return (tokens, Some(error)),
+                }
+            }
+        };
+        let free = engine.submit(request(None)).unwrap();
+        let good = engine.submit(request(Some("[a-z ]{80}"))).unwrap();
+        let compile = |constraint: &Constraint, end_ids: &BTreeSet<u32>| {
+            Grammar::new(&engine.handle.vocabulary, constraint, end_ids).map(broken)
+        };
+        let bad = engine.submit_compiled(request(Some("[a-z ]{80}")), compile).unwrap();
+        let (tokens, error) = read(bad);
+        assert_eq!(tokens, 1, "the first mask was there before");
+        assert!(
+            matches!(error, Some(Error::Constraint(ConstraintError::Broken { .. }))),
+            "{error:?}"
+        );
+        assert!(matches!(read(good), (10..=60, None)));
+        assert!(matches!(read(free), (60, None)));
+        // The worker is there still.
+        let after = engine.submit(request(Some("abc"))).unwrap();
+        assert!(matches!(read(after), (1..=3, None)));
+        let statistics = engine.statistics().unwrap();
+        assert_eq!((statistics.running, statistics.kv.used_blocks), (0, 0));
     }
 }

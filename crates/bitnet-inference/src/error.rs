@@ -1,5 +1,6 @@
 //! Errors of running a model: one sentence each.
 
+use crate::grammar::ConstraintError;
 use crate::sampler::{InvalidParameter, SampleError};
 use crate::scheduler::QueueFull;
 use crate::stop::EmptyStopString;
@@ -43,6 +44,9 @@ pub enum Error {
     /// No token could be sampled.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// A constraint that cannot be kept.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// Text and token ids.
     #[error(transparent)]
     Tokenizer(#[from] bitnet_model::tokenizer::TokenizerError),

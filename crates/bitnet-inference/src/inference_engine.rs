@@ -16,6 +16,7 @@ use crate::builder::{InferenceEngineBuilder, ProcessorFactory};
 use crate::engine::{Engine, EngineStatistics};
 use crate::error::Error;
 use crate::generate::Generation;
+use crate::grammar::Constraint;
 use crate::inference_stream::{InferenceStream, StreamingConfig};
 use crate::model::Model;
 use crate::request::Request;
@@ -36,6 +37,8 @@ pub struct GenerationParams {
     pub stop: Vec<String>,
     /// Goes on after the model's own end tokens.
     pub ignore_end: bool,
+    /// What the text must be: see [`Constraint`].
+    pub constraint: Option<Constraint>,
     /// Higher ones come first; 0 is ordinary.
     pub priority: i32,
     /// Whom it is for: clients of the same priority get the same share of the engine.
@@ -51,6 +54,7 @@ impl Default for GenerationParams {
             max_tokens: 128,
             stop: Vec::new(),
             ignore_end: false,
+            constraint: None,
             priority: 0,
             client: 0,
             time_limit: None,
@@ -403,6 +407,7 @@ impl Loaded {
         if !ignore_end {
             request.end_ids.clone_from(&self.model.description().end_ids);
         }
+        request.constraint = params.constraint;
         request.priority = params.priority;
         request.client = params.client;
         request.deadline = params.time_limit.and_then(|limit| Instant::now().checked_add(limit));

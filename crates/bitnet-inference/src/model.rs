@@ -13,6 +13,7 @@ use bitnet_model::weights::{self, LoadOptions};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::grammar::Vocabulary;
 use crate::session::{AnyDecoder, Session, SessionOptions};
 
 /// Where and how to load a model.
@@ -76,6 +77,7 @@ pub(crate) fn cpu_backend(options: &ModelOptions) -> Result<CpuBackend, Error> {
 pub struct Model {
     description: Description,
     decoder: Box<dyn AnyDecoder>,
+    vocabulary: Arc<Vocabulary>,
     shortcuts: Shortcuts,
 }
 
@@ -93,8 +95,9 @@ impl Model {
             options.load,
             &mut description.notes,
         )?;
+        let vocabulary = Vocabulary::new(description.tokenizer.clone(), decoder.vocab_size());
         let decoder = Box::new(Arc::new(decoder));
-        Ok(Model { description, decoder, shortcuts: shortcuts(options)? })
+        Ok(Model { description, decoder, vocabulary, shortcuts: shortcuts(options)? })
     }
 
     /// Everything about the model but its weights.
@@ -143,7 +146,7 @@ impl Model {
 
     /// A new, empty sequence.
     pub fn session(&self, options: SessionOptions) -> Result<Session, Error> {
-        self.decoder.session(options)
+        self.decoder.session(options, self.vocabulary.clone())
     }
 
     /// An engine that runs many requests on this model at once, on a thread of its own.
@@ -171,7 +174,7 @@ impl Model {
     /// # Ok::<(), bitnet_inference::Error>(())
     /// ```
     pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
-        self.decoder.engine(options, self.shortcuts.prefix)
+        self.decoder.engine(options, self.shortcuts.prefix, self.vocabulary.clone())
     }
 
     /// The embedding of a text: hidden states pooled as the model says, scaled to length 1.

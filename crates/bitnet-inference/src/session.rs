@@ -1,5 +1,6 @@
 //! One sequence with its own keys and values: the bare decoder behind a trivial block table.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use bitnet_core::backend::{Backend, KvType, Span};
@@ -9,6 +10,7 @@ use bitnet_model::decoder::{Decoder, Step, Workspace};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary};
 use crate::sampler::{Candidate, Selection};
 
 /// Tokens per KV block of a session.
@@ -42,8 +44,17 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn vocab_size(&self) -> usize;
     fn backend_name(&self) -> String;
     fn shortcut_counts(&self) -> ShortcutCounts;
-    fn session(&self, options: SessionOptions) -> Result<Session, Error>;
-    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error>;
+    fn session(
+        &self,
+        options: SessionOptions,
+        vocabulary: Arc<Vocabulary>,
+    ) -> Result<Session, Error>;
+    fn engine(
+        &self,
+        options: EngineOptions,
+        prefix_reuse: bool,
+        vocabulary: Arc<Vocabulary>,
+    ) -> Result<Engine, Error>;
 }
 
 impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
@@ -63,7 +74,11 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
         self.backend().shortcut_counts()
     }
 
-    fn session(&self, options: SessionOptions) -> Result<Session, Error> {
+    fn session(
+        &self,
+        options: SessionOptions,
+        vocabulary: Arc<Vocabulary>,
+    ) -> Result<Session, Error> {
         let chunk = options.chunk.clamp(1, self.config().context_length);
         let layout = self.kv_layout(options.kv_type, BLOCK_TOKENS);
         let sequence = Sequence {
@@ -76,11 +91,16 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
             blocks: Vec::new(),
             length: 0,
         };
-        Ok(Session { sequence: Box::new(sequence) })
+        Ok(Session { sequence: Box::new(sequence), vocabulary })
     }
 
-    fn engine(&self, options: EngineOptions, prefix_reuse: bool) -> Result<Engine, Error> {
-        Engine::start(self.clone(), options, prefix_reuse)
+    fn engine(
+        &self,
+        options: EngineOptions,
+        prefix_reuse: bool,
+        vocabulary: Arc<Vocabulary>,
+    ) -> Result<Engine, Error> {
+        Engine::start(self.clone(), options, prefix_reuse, vocabulary)
     }
 }
 
@@ -107,6 +127,7 @@ pub(crate) fn check_tokens(
 /// One sequence being read and written.
 pub struct Session {
     sequence: Box<dyn AnySequence>,
+    vocabulary: Arc<Vocabulary>,
 }
 
 trait AnySequence: Send {
@@ -239,6 +260,15 @@ impl Session {
     pub fn remaining(&self) -> usize {
         let (context_length, _) = self.sequence.decoder_limits();
         context_length - self.length()
+    }
+
+    /// A constraint for outputs of the model, which any of these ids ends.
+    pub(crate) fn grammar(
+        &self,
+        constraint: &Constraint,
+        end_ids: &BTreeSet<u32>,
+    ) -> Result<Grammar, ConstraintError> {
+        Grammar::new(&self.vocabulary, constraint, end_ids)
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), Error> {

@@ -6,9 +6,9 @@ use std::time::{Duration, Instant};
 
 use bitnet_core::Shortcuts;
 use bitnet_inference::{
-    Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions, Generation,
-    LogitsProcessor, Model, ModelOptions, Request, SamplingParams, SessionOptions, TokenStream,
-    generate,
+    Constraint, Engine, EngineOptions, Error, Event, Finish, FinishReason, GenerateOptions,
+    Generation, LogitsProcessor, Model, ModelOptions, Request, SamplingParams, SessionOptions,
+    TokenStream, generate,
 };
 use bitnet_testing::Random;
 
@@ -33,20 +33,29 @@ fn options(max_tokens: usize) -> GenerateOptions {
         max_tokens,
         stop: Vec::new(),
         end_ids: BTreeSet::new(),
+        constraint: None,
     }
 }
 
 /// A request for what [`alone`] gives.
 fn request(prompt: &[u32], options: &GenerateOptions) -> Request {
-    let GenerateOptions { sampling, max_tokens, end_ids, stop } = options.clone();
+    let GenerateOptions { sampling, max_tokens, end_ids, stop, constraint } = options.clone();
     assert!(stop.is_empty(), "without text there are no stop strings");
-    Request { end_ids, ..Request::new(prompt.to_vec(), sampling, max_tokens) }
+    Request { end_ids, constraint, ..Request::new(prompt.to_vec(), sampling, max_tokens) }
 }
 
 fn alone(model: &Model, prompt: &[u32], options: &GenerateOptions) -> Generation {
+    try_alone(model, prompt, options).unwrap()
+}
+
+fn try_alone(
+    model: &Model,
+    prompt: &[u32],
+    options: &GenerateOptions,
+) -> Result<Generation, Error> {
     let mut session = model.session(SessionOptions::default()).unwrap();
     let show = |_: &str| ControlFlow::Continue(());
-    generate(&mut session, model.tokenizer(), prompt, options, show).unwrap()
+    generate(&mut session, model.tokenizer(), prompt, options, show)
 }
 
 /// A KV budget for so many tokens of the built-in model, in blocks of 16.
@@ -81,6 +90,16 @@ fn sampling(random: &mut Random) -> SamplingParams {
         4 => SamplingParams { temperature: 0.7, logprobs: Some(2), ..neutral },
         5 => SamplingParams { logit_bias: vec![(3, 2.0), (9, f32::NEG_INFINITY)], ..neutral },
         _ => neutral,
+    }
+}
+
+/// Nothing, or one of a few constraints.
+fn constraint(random: &mut Random) -> Option<Constraint> {
+    match random.below(8) {
+        0 => Some(Constraint::JsonObject),
+        1 => Some(Constraint::Regex("[A-Z][a-z]{1,9}( [a-z]{1,9}){2,12}[.!]".to_owned())),
+        2 => Some(Constraint::Lark("start: \"(\" (start | /[a-z]+/)~1..3 \")\"".to_owned())),
+        _ => None,
     }
 }
 
@@ -121,10 +140,17 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
                 _ => (0..60).map(|_| random.below(vocab_size) as u32).collect(),
             };
             let max_tokens = 1 + random.below(40);
-            let options =
-                GenerateOptions { sampling: sampling(random), max_tokens, stop: vec![], end_ids };
+            let sampling = sampling(random);
             let cancel_after = (random.below(6) == 0).then(|| random.below(max_tokens));
-            let expected = alone(model, &prompt, &options);
+            let constraint = constraint(random);
+            let mut options =
+                GenerateOptions { sampling, max_tokens, stop: vec![], end_ids, constraint };
+            let expected = try_alone(model, &prompt, &options).unwrap_or_else(|error| {
+                // What the constraint needs can be an end token here.
+                assert!(matches!(error, Error::Constraint(_)), "{error}");
+                options.constraint = None;
+                alone(model, &prompt, &options)
+            });
             Case {
                 prompt,
                 options,
@@ -175,6 +201,8 @@ fn random_requests_get_the_tokens_they_get_alone() {
     let cases = cases(&open(1, Shortcuts::NONE), 200, random);
     let reasons: Vec<FinishReason> = cases.iter().map(|c| c.expected.finish_reason).collect();
     assert!(reasons.contains(&FinishReason::Stop) && reasons.contains(&FinishReason::Length));
+    let constrained = cases.iter().filter(|case| case.options.constraint.is_some()).count();
+    assert!(constrained > 40, "{constrained}");
     for threads in [1, 2] {
         for prefix_reuse in [false, true] {
             let model = open(threads, Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL });

@@ -41,8 +41,13 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
         true => BTreeSet::new(),
         false => model.description().end_ids.clone(),
     };
-    let options =
-        GenerateOptions { sampling, max_tokens: args.max_tokens, stop: args.stop, end_ids };
+    let options = GenerateOptions {
+        sampling,
+        max_tokens: args.max_tokens,
+        stop: args.stop,
+        end_ids,
+        constraint: None,
+    };
 
     let mut session = model.session(super::session_options(args.kv_type))?;
     // Printed with the first text after it: a prompt that the model refuses is not half a result.
