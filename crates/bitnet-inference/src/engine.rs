@@ -4,7 +4,8 @@
 //! submitted, puts a step together, runs the decoder once over all sequences of the step, samples
 //! a token for each that has computed all of its own, and sends it. It awaits nothing and takes no
 //! lock but those by which the kernels' threads share an operation. Between two admissions it
-//! allocates nothing: room for tokens, block tables and events is made when a request comes in.
+//! allocates nothing: room for tokens, block tables and events is made when a request comes in. What a
+//! constraint allows is found by a thread of its own (`masks.rs`), whose messages allocate.
 //!
 //! A token is the one that [`generate`](crate::generate()) would give. Each row of a step depends on its own
 //! sequence alone, and random numbers on the seed and the position in the output.

@@ -2,12 +2,12 @@
 //! expression or a grammar.
 //!
 //! `llguidance` compiles a [`Constraint`] and walks the vocabulary, as a tree of bytes, along the
-//! grammar. A [`Grammar`] is one output on its way: the tokens that may follow it, and whether it may
-//! end. It knows no logits; the sampler is given the set ([`TokenSet`]).
+//! grammar. A `Grammar` is one output on its way: the tokens that may follow it, and whether it may
+//! end. It knows no logits; the sampler is given the set.
 //!
-//! Constraints come from strangers. A text has at most [`MOST_BYTES`], and the limits of llguidance
-//! bound the time and the memory of a compilation and of a mask, but for two things, which
-//! [`check_schema`] refuses. Recursion is as deep as a text is long: hence [`STACK_BYTES`].
+//! Constraints come from strangers. A text has a greatest length, and the limits of llguidance bound
+//! the time and the memory of a compilation and of a mask, but for two things, which `check_schema`
+//! refuses. Recursion is as deep as a text is long: hence the size of the stacks.
 
 use std::any::Any;
 use std::collections::BTreeSet;
