@@ -342,6 +342,13 @@ fn the_end_comes_where_the_grammar_may_end_and_nowhere_else() {
         assert_eq!((found, found_reason), (vec![a; tokens], reason));
         assert_eq!(usage.output_tokens, tokens);
     }
+    // One that needs an end token before its end cannot go on.
+    let mut stuck = constrained(&model, Constraint::Regex("ab".to_owned()), 20);
+    stuck.end_ids = [b].into();
+    let dead_end = |error| matches!(error, Error::Constraint(ConstraintError::DeadEnd { .. }));
+    assert!(dead_end(alone(&model, &[1, 2, 3], &stuck).unwrap_err()));
+    let (tokens, end) = read(&mut submit(&engine, &[1, 2, 3], &stuck).unwrap());
+    assert!(tokens == [a] && dead_end(end.unwrap_err()));
     // One that is complete before it begins.
     let empty = constrained(&model, Constraint::Regex(String::new()), 20);
     let generation = alone(&model, &[1, 2, 3], &empty).unwrap();
