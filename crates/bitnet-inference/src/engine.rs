@@ -188,7 +188,7 @@ impl Active {
                     }
                 }))
                 .map_err(|panic| Error::ProcessorPanicked { message: panic_message(&*panic) })?;
-                // What processors did to tokens that may not come is of no use to these.
+                // After the processors, which so cannot bring back what may not come.
                 Ok(match guide.as_ref().and_then(Guide::grammar).transpose() {
                     Ok(Some(grammar)) => {
                         sampler.sample_among(logits, grammar.allowed().ids(), tokens, position)?
@@ -466,20 +466,21 @@ impl<B: Backend> StepLoop<B> {
                 self.finish(slot, Err(Error::DeadlineExceeded));
             }
         }
-        self.guided.clear();
-        for (slot, sequence) in self.scheduler.sequences_mut() {
-            let (active, tokens) = sequence.parts();
-            if active.guide.as_mut().is_some_and(Guide::poll) {
-                self.guided.push(slot);
-            }
-            let paused = active.events.is_full() || active.has_all_tokens(tokens);
-            sequence.paused = paused;
-        }
         let mut guided = std::mem::take(&mut self.guided);
+        for (slot, sequence) in self.scheduler.sequences_mut() {
+            if sequence.request.guide.as_mut().is_some_and(Guide::poll) {
+                guided.push(slot);
+            }
+        }
         for slot in guided.drain(..) {
             self.mask_came(slot);
         }
         self.guided = guided;
+        // After the tokens that were sampled just now.
+        for (_, sequence) in self.scheduler.sequences_mut() {
+            let (active, tokens) = sequence.parts();
+            sequence.paused = active.events.is_full() || active.has_all_tokens(tokens);
+        }
     }
 
     /// Ends a sequence whose mask has come, if it must, or samples from the logits that waited for it.

@@ -447,14 +447,46 @@ fn constraints_that_cannot_be_kept_are_refused_with_the_reason() {
     );
 }
 
+/// A text whose masks all take long: it has any of a hundred pairs of letters twice, and which of them
+/// have come once is a state of its own.
+fn wide() -> Constraint {
+    let letters = || ('a'..='z').step_by(2);
+    let pairs = letters().flat_map(|a| letters().map(move |b| format!("{a}{b}"))).take(100);
+    let texts: Vec<String> = pairs.map(|pair| format!("[a-z ]*{pair}[a-z ]*{pair}")).collect();
+    Constraint::Regex(format!("({})!", texts.join("|")))
+}
+
+#[test]
+fn a_full_ring_pauses_a_request_whose_masks_are_late() {
+    let model = open("tiny");
+    let engine = model.engine(EngineOptions::default()).unwrap();
+    let mut options = constrained(&model, wide(), 12);
+    options.end_ids.clear();
+    for seed in 0..10 {
+        options.sampling = sampled(seed);
+        let expected = alone(&model, &[1, 2, 3], &options).unwrap().tokens;
+        let mut request = Request::new(vec![1, 2, 3], options.sampling.clone(), 12);
+        (request.constraint, request.buffer) = (options.constraint.clone(), 1);
+        let mut stream = engine.submit(request).unwrap();
+        let before = engine.statistics().unwrap().output_tokens;
+        for (index, &expected) in expected.iter().enumerate() {
+            let Some(Ok(Event::Token(token))) = stream.next() else { panic!("a token comes") };
+            assert_eq!(token.id, expected);
+            // Steps go on while nobody reads.
+            let free = Request::new(vec![4, 5], SamplingParams::default(), 50);
+            assert_eq!(read(&mut engine.submit(free).unwrap()).0.len(), 50);
+            let output_tokens = engine.statistics().unwrap().output_tokens - before;
+            let tokens = index as u64 + 1;
+            assert!(output_tokens <= 50 * tokens + tokens + 1, "{output_tokens}, {tokens}");
+        }
+    }
+}
+
 #[test]
 fn requests_whose_masks_take_longer_than_steps_change_no_token() {
     let model = open("tiny");
     let engine = model.engine(EngineOptions::default()).unwrap();
-    // Any of three hundred keys may come next.
-    let keys: Vec<String> = (0..300).map(|i| format!(r#""k{i}":{{"type":"integer"}}"#)).collect();
-    let schema = format!(r#"{{"properties":{{{}}},"type":"object"}}"#, keys.join(","));
-    let mut slow = constrained(&model, Constraint::JsonSchema(schema), 12);
+    let mut slow = constrained(&model, wide(), 12);
     slow.sampling = sampled(1);
     let mut free = GenerateOptions { constraint: None, max_tokens: 300, ..slow.clone() };
     free.end_ids.clear();
