@@ -148,7 +148,9 @@ Examples:
   bitnet run \"Once upon a time\"
   bitnet run \"Once upon a time\" -n 200 --temperature 0.8 --top-p 0.95 --seed 7
   bitnet run -m models/bitnet-2b.gguf --chat \"Why is the sky blue?\"
-  bitnet run --file story.txt --json")]
+  bitnet run --file story.txt --json
+  bitnet run \"Her name was \" --regex \"(Lily|Sue|Anna)\"
+  bitnet run \"A cat as JSON: \" --json-schema cat.json")]
 pub struct RunArgs {
     /// The text to continue
     #[arg(conflicts_with_all = ["file", "tokens"])]
@@ -199,6 +201,27 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub constraint: ConstraintArgs,
+}
+
+/// What the output must be: at most one of these.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Constraint")]
+#[group(multiple = false)]
+pub struct ConstraintArgs {
+    /// Write JSON that this schema describes: a file, `-` for stdin, or the schema, which begins with {
+    #[arg(long, value_name = "FILE|TEXT", value_parser = NonEmptyStringValueParser::new())]
+    pub json_schema: Option<String>,
+
+    /// Write a text that matches this regular expression from its first to its last character
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub regex: Option<String>,
+
+    /// Write a text of the grammar in this file (Lark, from its rule `start`); `-` is stdin
+    #[arg(long, value_name = "FILE")]
+    pub grammar: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

@@ -21,7 +21,7 @@ fn every_usual_shell_gets_a_script_with_all_commands() {
 #[test]
 fn a_script_is_one_that_bash_reads() {
     let folder = Folder::new();
-    folder.write("bitnet.bash", &stdout_of(&["completions", "bash"]));
+    folder.write("bitnet.bash", stdout_of(&["completions", "bash"]));
     let Ok(bash) = std::process::Command::new("bash")
         .args(["-c", "source bitnet.bash && complete -p bitnet"])
         .current_dir(folder.path(""))

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use bitnet_core::budget::human_bytes;
 
+use crate::grammar::ConstraintError;
 use crate::sampler::{InvalidParameter, SampleError};
 use crate::scheduler::QueueFull;
 use crate::stop::EmptyStopString;
@@ -47,6 +48,9 @@ pub enum Error {
     /// No token could be sampled.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// A constraint that cannot be kept.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// Text and token ids.
     #[error(transparent)]
     Tokenizer(#[from] bitnet_model::tokenizer::TokenizerError),
