@@ -6,7 +6,7 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 10] = [
+const COMMANDS: [&str; 12] = [
     "run",
     "logits",
     "tokenize",
@@ -17,6 +17,8 @@ const COMMANDS: [&str; 10] = [
     "devices",
     "doctor",
     "bench",
+    "completions",
+    "man",
 ];
 
 #[test]
