@@ -9,6 +9,7 @@ use bitnet_model::tokenizer::Tokenizer;
 use crate::error::Error;
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::Session;
+use crate::telemetry;
 use crate::transcript::Transcript;
 
 /// What to generate and when to stop.
@@ -100,6 +101,7 @@ pub fn generate(
     let mut history = prompt.to_vec();
     let (mut logits, mut candidates) = (Vec::new(), Vec::new());
     let mut generation = Generation::empty();
+    let span = telemetry::generate_span(prompt.len());
 
     let start = Instant::now();
     let selection = sampler.selection(&history, 0);
@@ -152,5 +154,6 @@ pub fn generate(
         // Nothing follows, so the answer does not matter.
         let _ = show(&rest);
     }
+    telemetry::generated(&span, generation.tokens.len(), generation.finish_reason);
     Ok(generation)
 }

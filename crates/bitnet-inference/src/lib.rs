@@ -20,6 +20,7 @@ pub mod session;
 pub mod speculation;
 pub mod stop;
 mod stream;
+pub mod telemetry;
 mod transcript;
 
 pub use bitnet_core::backend::KvType;

@@ -11,6 +11,7 @@ use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 use crate::error::Error;
 use crate::runner::{DecoderRunner, Room, Runner};
 use crate::sampler::{Candidate, Selection};
+use crate::telemetry;
 
 /// Tokens per KV block of a session.
 pub(crate) const BLOCK_TOKENS: usize = 16;
@@ -211,6 +212,8 @@ impl<B: Backend> AnySequence for Sequence<B> {
             let spans =
                 [Span { rows: 0..chunk.len(), position: self.length, blocks: &self.blocks }];
             let Sequence { decoder, kv, workspace, .. } = self;
+            let span = telemetry::step_span(1);
+            span.record("rows", chunk.len());
             decoder.forward(&Step { tokens: chunk, spans: &spans }, kv, workspace)?;
             match output {
                 Output::States(show) => {
