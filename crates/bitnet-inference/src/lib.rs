@@ -2,13 +2,16 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod benchmark;
 pub mod builder;
 pub mod engine;
 pub mod error;
 pub mod generate;
+pub mod grammar;
 pub mod inference_engine;
 pub mod inference_stream;
 mod kv_cache;
+mod masks;
 pub mod model;
 pub mod model_cache;
 pub mod random;
@@ -23,6 +26,7 @@ mod stream;
 pub mod telemetry;
 mod transcript;
 
+pub use benchmark::{Benchmark, benchmark};
 pub use bitnet_core::backend::KvType;
 pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
@@ -31,6 +35,7 @@ pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
+pub use grammar::{Constraint, ConstraintError};
 pub use inference_engine::{Answer, GenerationParams, InferenceEngine, quick_infer, smart_infer};
 pub use inference_stream::{InferenceStream, StreamEvent, StreamingConfig};
 pub use kv_cache::KvStatistics;

@@ -412,7 +412,8 @@ impl<R> Scheduler<R> {
         &self.copies
     }
 
-    /// Puts the next step together. It is empty only if every sequence is paused.
+    /// Puts the next step together. It is empty only if every sequence is paused, or computed and
+    /// without a new token yet.
     pub(crate) fn schedule(&mut self) {
         self.batch.clear();
         self.copies.clear();

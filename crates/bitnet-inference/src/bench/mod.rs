@@ -4,6 +4,7 @@
 //! that is already filled. [`Bench::run`] does it once unmeasured and then as often as asked, and
 //! counts the multiply-adds and the bytes of the very steps it took.
 
+mod operations;
 mod work;
 
 use std::path::PathBuf;
@@ -22,10 +23,12 @@ use bitnet_model::weights::{self, LoadOptions};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::grammar::Vocabulary;
 use crate::model::{ModelOptions, cpu_backend};
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::{BLOCK_TOKENS, DEFAULT_CHUNK};
 
+pub use operations::{Operation, OperationMeasurement, instruction_set};
 use work::PlannedStep;
 pub use work::{Costs, Kind, Savings, Test, Work};
 
@@ -138,13 +141,15 @@ impl<B: Backend> Bench<B> {
         self.decoder.backend().name()
     }
 
-    /// An engine on the same weights, with every shortcut and this bench's storage of keys and values.
+    /// An engine on the same weights, with every shortcut and this bench's storage of keys and values. It
+    /// knows no text, and refuses constraints.
     ///
     /// # Errors
     /// As [`Model::engine`](crate::Model::engine).
     pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
         let options = EngineOptions { kv_type: self.kv_type, ..options };
-        Engine::start(&self.decoder, None, options, Shortcuts::ALL)
+        let vocabulary = Vocabulary::without_text(self.decoder.vocab_size());
+        Engine::start(&self.decoder, None, options, Shortcuts::ALL, vocabulary)
     }
 
     /// What decides the work.
