@@ -18,7 +18,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     after_help = "\
 MODEL is `tiny` (built in, the default), the folder of a Hugging Face
 checkpoint, or a .gguf or .bitnet file. Results go to stdout, with --json for machines;
-notes and timing go to stderr.
+notes and timing go to stderr, and with BITNET_LOG=debug what took which time.
 
 Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 

@@ -3,6 +3,7 @@
 
 mod args;
 mod commands;
+mod log;
 mod output;
 
 use std::io;
@@ -39,10 +40,10 @@ fn main() -> ExitCode {
         return ExitCode::from(FAILURE);
     }
     let messages = Messages::new(cli.quiet);
-    let result = match cli.command {
+    let result = log::start().and_then(|()| match cli.command {
         Some(command) => commands::run(command, &messages),
         None => output::lines(GUIDANCE).map_err(Into::into),
-    };
+    });
     match result {
         Ok(()) => ExitCode::SUCCESS,
         // Who reads the output has seen enough.

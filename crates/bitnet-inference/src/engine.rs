@@ -32,11 +32,12 @@ use crate::runner::{Part, Room, Runner};
 use crate::sampler::{
     Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, Selection,
 };
-use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing};
+use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing, Work};
 use crate::session::{AnyDecoder, DEFAULT_CHUNK, check_tokens};
 use crate::speculation::draft::{Draft, DraftTable};
 use crate::speculation::{Proposer, Source, Speculating, Speculation};
 use crate::stream::{EventSender, TokenStream};
+use crate::telemetry::{self, Outcome, RequestMetrics, RequestTelemetry, StepMetrics};
 
 /// How an engine is set up. None of these changes a token, but the KV type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -103,6 +104,8 @@ pub struct EngineStatistics {
     pub steps: u64,
     /// Tokens computed in these steps, proposed ones included.
     pub computed_tokens: u64,
+    /// Of those, tokens of prompts, and of outputs that were computed anew.
+    pub prefill_tokens: u64,
     /// Tokens generated.
     pub output_tokens: u64,
     /// Tokens that speculation proposed.
@@ -124,6 +127,7 @@ impl Sum for EngineStatistics {
             waiting: sum.waiting + more.waiting,
             steps: sum.steps + more.steps,
             computed_tokens: sum.computed_tokens + more.computed_tokens,
+            prefill_tokens: sum.prefill_tokens + more.prefill_tokens,
             output_tokens: sum.output_tokens + more.output_tokens,
             preemptions: sum.preemptions + more.preemptions,
             kv: [sum.kv, more.kv].into_iter().sum(),
@@ -155,6 +159,7 @@ struct Handle {
     /// Whether requests get the speculation that they ask for.
     speculation: bool,
     vocabulary: Arc<Vocabulary>,
+    metrics: Arc<RequestMetrics>,
 }
 
 /// One of the engine's step loops.
@@ -187,6 +192,8 @@ pub(crate) struct Active {
     prompt_tokens: usize,
     most_output_tokens: usize,
     pub(crate) speculating: Option<Speculating>,
+    // Whoever hears of the end finds it counted.
+    telemetry: RequestTelemetry,
     /// Dropped before `events`, whose end says that the place is free.
     place: Place,
     events: EventSender,
@@ -326,6 +333,7 @@ impl Engine {
             draft_context,
             speculation: shortcuts.speculation,
             vocabulary,
+            metrics: RequestMetrics::register(),
         };
         let cache = || KvCache::new(block_tokens, blocks, shortcuts.prefix);
         for replica in 0..replicas {
@@ -342,6 +350,7 @@ impl Engine {
                     Some(draft) => Some(Draft::new(runner(draft)?, step_tokens, max_sequences)),
                     None => None,
                 },
+                metrics: StepMetrics::register(),
                 requests: Requests {
                     scheduler: Scheduler::new(
                         cache(),
@@ -385,6 +394,15 @@ impl Engine {
         request: Request,
         compile: impl FnOnce(&Constraint, &BTreeSet<u32>) -> Result<Grammar, ConstraintError>,
     ) -> Result<TokenStream, Error> {
+        self.accept(request, compile).inspect_err(|error| self.handle.metrics.rejected(error))
+    }
+
+    fn accept(
+        &self,
+        request: Request,
+        compile: impl FnOnce(&Constraint, &BTreeSet<u32>) -> Result<Grammar, ConstraintError>,
+    ) -> Result<TokenStream, Error> {
+        let submitted = Instant::now();
         let Request { prompt, sampling, max_tokens, end_ids, constraint, .. } = request;
         let Request { priority, client, deadline, processors, buffer, .. } = request;
         let (context_length, _) = self.handle.limits;
@@ -414,7 +432,9 @@ impl Engine {
         let (mut events, stream) =
             TokenStream::new(self.clone(), replica, buffer.min(most_output_tokens));
         let prompt_tokens = prompt.len();
+        let telemetry = RequestTelemetry::new(&self.handle.metrics, submitted, prompt_tokens);
         if most_output_tokens == 0 {
+            telemetry.end(Outcome::Finished(FinishReason::Length));
             let usage = Usage { prompt_tokens, ..Usage::default() };
             events.send(Ok(Event::Finished(Finish { reason: FinishReason::Length, usage })));
             return Ok(stream);
@@ -427,6 +447,7 @@ impl Engine {
             prompt_tokens,
             most_output_tokens,
             speculating,
+            telemetry,
             place,
             events,
         };
@@ -507,6 +528,7 @@ struct StepLoop {
     inbox: Receiver<Message>,
     runner: Box<dyn Runner>,
     draft: Option<Draft>,
+    metrics: StepMetrics,
     requests: Requests,
 }
 
@@ -528,6 +550,7 @@ impl StepLoop {
         while self.receive() {
             self.requests.sweep();
             self.requests.scheduler.schedule();
+            self.metrics.publish(self.requests.statistics());
             if self.requests.scheduler.batch().is_empty() {
                 // Whoever submits, reads from a full ring or goes away wakes this thread.
                 match self.requests.scheduler.next_deadline() {
@@ -537,32 +560,26 @@ impl StepLoop {
                     None => thread::park(),
                 }
             } else if let Err(error) = self.step() {
-                return self.requests.fail_all(&error);
+                self.requests.fail_all(&error);
+                break;
             }
         }
+        // Nobody reads any more: what is left is cancelled.
+        self.requests.sweep();
+        self.metrics.publish(self.requests.statistics());
     }
 
     /// Takes in what has come; false once nobody can submit any more.
     fn receive(&mut self) -> bool {
-        let Requests { scheduler, draft_cache, statistics, .. } = &mut self.requests;
         loop {
             match self.inbox.try_recv() {
                 Ok(Message::Submit(submission)) => {
                     let Submission { active, tokens, most_tokens, standing } = *submission;
-                    scheduler.submit(active, tokens, most_tokens, standing);
+                    self.requests.scheduler.submit(active, tokens, most_tokens, standing);
                 }
                 Ok(Message::Statistics(answer)) => {
-                    let (running, waiting) = scheduler.counts();
-                    let now = EngineStatistics {
-                        running,
-                        waiting,
-                        preemptions: scheduler.preemptions(),
-                        kv: scheduler.kv_statistics(),
-                        draft_kv: draft_cache.as_ref().map(KvCache::statistics).unwrap_or_default(),
-                        ..*statistics
-                    };
                     // Who does not wait for the answer does not need it.
-                    let _ = answer.send(now);
+                    let _ = answer.send(self.requests.statistics());
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
@@ -572,7 +589,10 @@ impl StepLoop {
 
     /// Computes the step that was put together.
     fn step(&mut self) -> Result<(), CoreError> {
-        let Self { runner, draft, requests, .. } = self;
+        let Self { runner, draft, metrics, requests, .. } = self;
+        let start = Instant::now();
+        let sequences = requests.scheduler.batch().len();
+        let span = telemetry::step_span(sequences);
         if let Some(draft) = draft {
             draft.propose(requests)?;
         }
@@ -587,17 +607,35 @@ impl StepLoop {
                 wanted: if completed { 1 + sequence.proposals() } else { 0 },
             }
         })?;
+        span.record("rows", tokens);
         requests.complete(tokens);
-        runner.sample(requests, &mut Requests::sample)
+        runner.sample(requests, &mut Requests::sample)?;
+        metrics.step(start.elapsed(), tokens, sequences);
+        Ok(())
     }
 }
 
 impl Requests {
+    /// What has been done and what is being done.
+    fn statistics(&self) -> EngineStatistics {
+        let Self { scheduler, draft_cache, statistics, .. } = self;
+        let (running, waiting) = scheduler.counts();
+        EngineStatistics {
+            running,
+            waiting,
+            preemptions: scheduler.preemptions(),
+            kv: scheduler.kv_statistics(),
+            draft_kv: draft_cache.as_ref().map(KvCache::statistics).unwrap_or_default(),
+            ..*statistics
+        }
+    }
+
     /// Removes sequences that nobody wants any more, and pauses those that nobody reads.
     fn sweep(&mut self) {
         let cancelled = |sequence: &Sequence<Active>| sequence.request.events.is_cancelled();
         while let Some(slot) = self.scheduler.find(cancelled) {
-            self.remove(slot);
+            let telemetry = self.remove(slot).request.telemetry;
+            telemetry.end(Outcome::Finished(FinishReason::Cancelled));
         }
         if self.scheduler.next_deadline().is_some() {
             let now = Instant::now();
@@ -683,7 +721,11 @@ impl Requests {
         self.statistics.computed_tokens += tokens as u64;
         self.scheduler.complete();
         for index in 0..self.scheduler.batch().len() {
-            let sequence = self.scheduler.sequence_mut(self.scheduler.batch()[index].slot);
+            let Work { slot, position, count } = self.scheduler.batch()[index];
+            let sequence = self.scheduler.sequence_mut(slot);
+            if count > 1 || position < sequence.request.prompt_tokens {
+                self.statistics.prefill_tokens += count as u64;
+            }
             let proposed = sequence.proposals();
             if let Some(guesses) = &mut sequence.request.speculating {
                 guesses.count_proposed(proposed);
@@ -720,7 +762,9 @@ impl Requests {
         }
         let logprobs = logprob.map(|logprob| TokenLogprobs { logprob, top });
         active.events.set_usage(usage);
-        active.events.send(Ok(Event::Token(Token { id, logprobs, time: Instant::now() })));
+        let time = Instant::now();
+        active.telemetry.token(time);
+        active.events.send(Ok(Event::Token(Token { id, logprobs, time })));
         let last = usage.output_tokens + 1 == active.most_output_tokens;
         let guided =
             active.guide.as_mut().map(|guide| guide.advance(id, &mut self.masks)).is_some();
@@ -749,7 +793,8 @@ impl Requests {
     fn finish(&mut self, slot: usize, end: Result<FinishReason, Error>) -> bool {
         let sequence = self.remove(slot);
         let usage = usage(&sequence);
-        let Active { mut events, place, .. } = sequence.request;
+        let Active { mut events, place, telemetry, .. } = sequence.request;
+        telemetry.end(Outcome::from(&end));
         // Whoever hears of the end may submit again at once.
         drop(place);
         events.send(end.map(|reason| Event::Finished(Finish { reason, usage })));

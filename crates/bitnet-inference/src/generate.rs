@@ -10,6 +10,7 @@ use crate::error::Error;
 use crate::grammar::{Constraint, Grammar};
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::Session;
+use crate::telemetry;
 use crate::transcript::Transcript;
 
 /// What to generate and when to stop.
@@ -108,6 +109,7 @@ pub fn generate(
     let mut history = prompt.to_vec();
     let (mut logits, mut candidates) = (Vec::new(), Vec::new());
     let mut generation = Generation::empty();
+    let span = telemetry::generate_span(prompt.len());
 
     let start = Instant::now();
     // A mask is looked up in all logits.
@@ -170,5 +172,6 @@ pub fn generate(
         // Nothing follows, so the answer does not matter.
         let _ = show(&rest);
     }
+    telemetry::generated(&span, generation.tokens.len(), generation.finish_reason);
     Ok(generation)
 }

@@ -185,7 +185,8 @@ pub enum ConstraintError {
 
 /// A model's tokens as constraints see them.
 pub(crate) struct Vocabulary {
-    tokenizer: Arc<Tokenizer>,
+    /// `None` for random weights: their tokens stand for no text.
+    tokenizer: Option<Arc<Tokenizer>>,
     /// Logits of the model, of which some may have no token.
     size: usize,
     /// Made for the first constraint.
@@ -194,7 +195,12 @@ pub(crate) struct Vocabulary {
 
 impl Vocabulary {
     pub(crate) fn new(tokenizer: Arc<Tokenizer>, size: usize) -> Arc<Self> {
-        Arc::new(Vocabulary { tokenizer, size, factory: OnceLock::new() })
+        Arc::new(Vocabulary { tokenizer: Some(tokenizer), size, factory: OnceLock::new() })
+    }
+
+    /// Tokens without text, of which nothing can be asked.
+    pub(crate) fn without_text(size: usize) -> Arc<Self> {
+        Arc::new(Vocabulary { tokenizer: None, size, factory: OnceLock::new() })
     }
 
     fn factory(&self) -> Result<&ParserFactory, ConstraintError> {
@@ -209,8 +215,9 @@ impl Vocabulary {
     }
 
     fn make_factory(&self) -> Result<ParserFactory, String> {
+        let tokenizer = self.tokenizer.as_ref().ok_or("its tokens stand for no text")?;
         let size = u32::try_from(self.size).map_err(|error| error.to_string())?;
-        let words: Vec<Vec<u8>> = (0..size).map(|id| self.word(id)).collect();
+        let words: Vec<Vec<u8>> = (0..size).map(|id| word(tokenizer, id)).collect();
         // Without an end token of its own: `Grammar` has those of the request.
         let trie = TokTrie::from(&TokRxInfo::new(size, INVALID_TOKEN), &words);
         let environment: TokEnv = Arc::new(ApproximateTokEnv::new(trie));
@@ -224,19 +231,19 @@ impl Vocabulary {
         };
         Ok(factory)
     }
+}
 
-    /// The bytes by which grammars know a token; none for a token that can never come.
-    fn word(&self, id: u32) -> Vec<u8> {
-        let marker = TokTrie::SPECIAL_TOKEN_MARKER;
-        let bytes = self.tokenizer.token_bytes(id).unwrap_or_default();
-        match bytes {
-            _ if bytes.len() > LONGEST_TOKEN => Vec::new(),
-            // A special token is none of the characters of its name.
-            _ if self.tokenizer.is_special(id) => [&[marker], bytes].concat(),
-            // The marker is a byte that no UTF-8 text has.
-            [first, ..] if *first == marker => Vec::new(),
-            _ => bytes.to_vec(),
-        }
+/// The bytes by which grammars know a token; none for a token that can never come.
+fn word(tokenizer: &Tokenizer, id: u32) -> Vec<u8> {
+    let marker = TokTrie::SPECIAL_TOKEN_MARKER;
+    let bytes = tokenizer.token_bytes(id).unwrap_or_default();
+    match bytes {
+        _ if bytes.len() > LONGEST_TOKEN => Vec::new(),
+        // A special token is none of the characters of its name.
+        _ if tokenizer.is_special(id) => [&[marker], bytes].concat(),
+        // The marker is a byte that no UTF-8 text has.
+        [first, ..] if *first == marker => Vec::new(),
+        _ => bytes.to_vec(),
     }
 }
 
@@ -569,8 +576,20 @@ pub(crate) mod tests {
             ids.push(id);
             grammar.advance(id).unwrap();
         }
-        let bytes = ids.iter().flat_map(|&id| vocabulary.tokenizer.token_bytes(id).unwrap());
+        let tokenizer = vocabulary.tokenizer.as_ref().unwrap();
+        let bytes = ids.iter().flat_map(|&id| tokenizer.token_bytes(id).unwrap());
         String::from_utf8(bytes.copied().collect()).expect("a grammar is about characters")
+    }
+
+    #[test]
+    fn tokens_without_text_cannot_be_constrained() {
+        let constraint = Constraint::Regex("a".to_owned());
+        let grammar =
+            Grammar::new(&Vocabulary::without_text(9), &constraint, &BTreeSet::new()).map(drop);
+        assert_eq!(
+            grammar.unwrap_err().to_string(),
+            "no output of this model can be constrained here: its tokens stand for no text"
+        );
     }
 
     #[test]

@@ -23,6 +23,7 @@ pub mod session;
 pub mod speculation;
 pub mod stop;
 mod stream;
+pub mod telemetry;
 mod transcript;
 
 pub use benchmark::{Benchmark, benchmark};

@@ -17,6 +17,7 @@ use crate::error::Error;
 use crate::grammar::Vocabulary;
 use crate::inference_engine::must_generate;
 use crate::session::{AnyDecoder, Session, SessionOptions};
+use crate::telemetry;
 
 /// Where and how to load a model.
 #[derive(Debug, Clone, Default)]
@@ -189,6 +190,7 @@ impl Model {
         options: &ModelOptions,
         progress: &mut dyn FnMut(LoadProgress) -> ControlFlow<()>,
     ) -> Result<Self, Error> {
+        let _span = telemetry::load_span(&checkpoint.description.path, devices.len());
         let backends = devices
             .iter()
             .map(|&device| cpu_backend(&ModelOptions { device: Some(device), ..options.clone() }));

@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary};
 use crate::runner::{DecoderRunner, Room, Runner};
 use crate::sampler::{Candidate, Selection};
+use crate::telemetry;
 
 /// Tokens per KV block of a session.
 pub(crate) const BLOCK_TOKENS: usize = 16;
@@ -222,6 +223,8 @@ impl<B: Backend> AnySequence for Sequence<B> {
             let spans =
                 [Span { rows: 0..chunk.len(), position: self.length, blocks: &self.blocks }];
             let Sequence { decoder, kv, workspace, .. } = self;
+            let span = telemetry::step_span(1);
+            span.record("rows", chunk.len());
             decoder.forward(&Step { tokens: chunk, spans: &spans }, kv, workspace)?;
             match output {
                 Output::States(show) => {

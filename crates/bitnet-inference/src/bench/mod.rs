@@ -8,10 +8,11 @@ mod operations;
 mod work;
 
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use bitnet_core::backend::{Activation, Backend, KvType, Span};
-use bitnet_core::{Candidate, Keep, Pick, ShortcutCounts};
+use bitnet_core::{Candidate, Keep, Pick, ShortcutCounts, Shortcuts};
 use bitnet_cpu::CpuBackend;
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
@@ -20,7 +21,9 @@ use bitnet_model::shapes::Shape;
 use bitnet_model::source;
 use bitnet_model::weights::{self, LoadOptions};
 
+use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::grammar::Vocabulary;
 use crate::model::{ModelOptions, cpu_backend};
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::{BLOCK_TOKENS, DEFAULT_CHUNK};
@@ -110,7 +113,7 @@ impl Measurement {
 
 /// A loaded model that is measured.
 pub struct Bench<B: Backend> {
-    decoder: Decoder<B>,
+    decoder: Arc<Decoder<B>>,
     costs: Costs,
     kv_type: KvType,
 }
@@ -127,7 +130,8 @@ impl Bench<CpuBackend> {
         let backend = cpu_backend(&options)?;
         let load = LoadOptions::default();
         let decoder = weights::load(backend, path, config, tensors, load, &mut Vec::new())?;
-        Ok(Bench { decoder, costs: Costs::new(config, weights.head()?, kv_type), kv_type })
+        let costs = Costs::new(config, weights.head()?, kv_type);
+        Ok(Bench { decoder: Arc::new(decoder), costs, kv_type })
     }
 }
 
@@ -135,6 +139,17 @@ impl<B: Backend> Bench<B> {
     /// Name of the backend.
     pub fn backend_name(&self) -> String {
         self.decoder.backend().name()
+    }
+
+    /// An engine on the same weights, with every shortcut and this bench's storage of keys and values. It
+    /// knows no text, and refuses constraints.
+    ///
+    /// # Errors
+    /// As [`Model::engine`](crate::Model::engine).
+    pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
+        let options = EngineOptions { kv_type: self.kv_type, ..options };
+        let vocabulary = Vocabulary::without_text(self.decoder.vocab_size());
+        Engine::start(&self.decoder, None, options, Shortcuts::ALL, vocabulary)
     }
 
     /// What decides the work.
