@@ -13,22 +13,26 @@
 use std::any::Any;
 use std::collections::BTreeSet;
 use std::iter::{self, Sum};
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Instant;
 
-use bitnet_core::backend::KvType;
+use bitnet_core::backend::{KvLayout, KvType};
 use bitnet_core::{Error as CoreError, Shortcuts};
 
+use crate::conversation::{self, ConversationError, Expected};
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
-use crate::kv_cache::{KvCache, KvStatistics};
+use crate::kv_cache::{BlockTable, KvCache, KvStatistics};
 use crate::request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
 use crate::runner::{Part, Room, Runner};
 use crate::sampler::{
-    Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, Selection,
+    Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, SamplingParams,
+    Selection,
 };
 use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing};
 use crate::session::{AnyDecoder, DEFAULT_CHUNK, check_tokens};
@@ -146,8 +150,13 @@ struct Handle {
     limits: (usize, usize),
     /// Tokens whose keys and values fit the budget of one replica.
     kv_tokens: usize,
-    /// Tokens per KV block.
-    block_tokens: usize,
+    /// The keys and values.
+    layout: KvLayout,
+    /// Whether they are found again.
+    prefixes: bool,
+    model: Box<dyn AnyDecoder>,
+    /// What tells the model from others, once somebody needs it.
+    fingerprint: OnceLock<[u8; 32]>,
     /// Length of the draft model's context, if there is one.
     draft_context: Option<usize>,
     /// Whether requests get the speculation that they ask for.
@@ -164,6 +173,60 @@ struct Replica {
 enum Message {
     Submit(Box<Submission>),
     Statistics(Sender<EngineStatistics>),
+    /// Wants the blocks that hold the beginning of these tokens; with `grow`, blocks for the rest as
+    /// well, or none.
+    Hold {
+        tokens: Arc<[u32]>,
+        grow: bool,
+        answer: Sender<BlockTable>,
+    },
+    /// Wants the contents of blocks.
+    Export {
+        blocks: Vec<u32>,
+        answer: Sender<Result<Vec<u8>, CoreError>>,
+    },
+    /// Gives blocks their contents.
+    Import {
+        blocks: Vec<u32>,
+        data: Arc<[u8]>,
+        answer: Sender<Result<(), CoreError>>,
+    },
+    /// Gives blocks back, of which those of these tokens can be found from now on.
+    Release {
+        table: BlockTable,
+        tokens: Arc<[u32]>,
+    },
+}
+
+/// Bytes of keys and values that go to or from a replica between two of its steps.
+const PIECE: usize = 4 << 20;
+
+/// Blocks of a replica that are kept for whoever saves or restores.
+struct Held<'a> {
+    engine: &'a Engine,
+    replica: usize,
+    table: BlockTable,
+}
+
+impl Held<'_> {
+    fn blocks(&self) -> &[u32] {
+        self.table.blocks()
+    }
+
+    /// Gives the blocks back, with those of `tokens` as ones that can be found.
+    fn release(&mut self, tokens: Arc<[u32]>) -> Result<(), Error> {
+        let table = mem::take(&mut self.table);
+        self.engine.send(self.replica, Message::Release { table, tokens })
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if !self.blocks().is_empty() {
+            // With the thread, its blocks are gone.
+            let _ = self.release(Arc::default());
+        }
+    }
 }
 
 /// A request on its way to the engine's thread.
@@ -302,7 +365,10 @@ impl Engine {
             places: Places::new(places, replicas),
             limits: (context_length, vocab_size),
             kv_tokens: blocks * block_tokens,
-            block_tokens,
+            layout: layout(model),
+            prefixes: shortcuts.prefix,
+            model: model.share(),
+            fingerprint: OnceLock::new(),
             draft_context,
             speculation: shortcuts.speculation,
         };
@@ -402,14 +468,144 @@ impl Engine {
         speculation: Speculation,
         most_tokens: usize,
     ) -> Result<Option<Speculating>, Error> {
-        let Handle { block_tokens, draft_context, speculation: on, .. } = *self.handle;
+        let Handle { layout, draft_context, speculation: on, .. } = *self.handle;
         speculation.validate()?;
         let most_tokens = match speculation.proposer {
             Proposer::PromptLookup => most_tokens,
             // The draft model does not read the last token that it guesses.
             Proposer::DraftModel => most_tokens.min(draft_context.ok_or(Error::NoDraftModel)? + 1),
         };
-        Ok(on.then(|| Speculating::new(speculation, most_tokens, block_tokens)))
+        Ok(on.then(|| Speculating::new(speculation, most_tokens, layout.block_tokens)))
+    }
+
+    /// Writes the conversation of `tokens` to a file, with the keys and values of its whole blocks, so
+    /// that [`restore`](Engine::restore) can bring them back. What is not there of them is computed
+    /// first, and the last token in any case. Waits; requests go on meanwhile.
+    ///
+    /// The file appears under its name when all of it is written. The keys and values of a draft model
+    /// are not in it.
+    ///
+    /// # Errors
+    /// As [`submit`](Engine::submit) for a request of one token after `tokens`, and
+    /// [`Error::Conversation`] if the file cannot be written, the engine does not use prefixes
+    /// again, or others need the blocks at the same time.
+    ///
+    /// ```
+    /// use bitnet_inference::{EngineOptions, Model, ModelOptions};
+    ///
+    /// let model = Model::open("tiny", &ModelOptions::default())?;
+    /// let folder = tempfile::tempdir().expect("a folder");
+    /// let path = folder.path().join("story.kv");
+    /// let tokens: Vec<u32> = (1..100).collect();
+    /// model.engine(EngineOptions::default())?.save(&tokens, &path)?;
+    /// // Another engine, perhaps on another day.
+    /// assert_eq!(model.engine(EngineOptions::default())?.restore(&path)?, tokens);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn save(&self, tokens: &[u32], path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let failed = |reason: ConversationError| reason.at(path);
+        let Handle { layout, prefixes, .. } = *self.handle;
+        if !prefixes {
+            return Err(failed(ConversationError::NoPrefixes));
+        }
+        let request = Request::new(tokens.to_vec(), SamplingParams::default(), 1);
+        let mut stream = self.submit(request)?;
+        while let Some(event) = stream.next() {
+            event?;
+        }
+        let held = self.hold(stream.replica(), tokens.into(), false)?;
+        if held.blocks().len() < tokens.len() / layout.block_tokens {
+            return Err(failed(ConversationError::Displaced));
+        }
+        let expected = self.expected()?;
+        let mut file = conversation::Writer::create(path, &expected, tokens).map_err(failed)?;
+        for blocks in held.blocks().chunks((PIECE / layout.block_bytes()).max(1)) {
+            let blocks = blocks.to_vec();
+            let data = self.ask(held.replica, |answer| Message::Export { blocks, answer })??;
+            file.write(&data).map_err(failed)?;
+        }
+        file.finish().map_err(failed)
+    }
+
+    /// Reads a file that [`save`](Engine::save) wrote and returns the tokens of its conversation. A
+    /// request whose prompt begins with them starts with the keys and values of the file, and gives the
+    /// tokens that it gives without, as long as no other request needs the room. Every replica gets
+    /// them. Waits; requests go on meanwhile.
+    ///
+    /// A checksum tells damage, not malice: restore only what you would trust as a model.
+    ///
+    /// # Errors
+    /// [`Error::Conversation`] if the file cannot be read, is damaged, was saved with another model,
+    /// another type of keys and values or blocks of another size, or finds no room; and if the engine
+    /// has stopped. Then nothing is restored.
+    pub fn restore(&self, path: impl AsRef<Path>) -> Result<Vec<u32>, Error> {
+        let path = path.as_ref();
+        let failed = |reason: ConversationError| reason.at(path);
+        let Handle { layout, prefixes, limits, ref replicas, .. } = *self.handle;
+        if !prefixes {
+            return Err(failed(ConversationError::NoPrefixes));
+        }
+        let mut file = conversation::Reader::open(path, &self.expected()?).map_err(failed)?;
+        if !file.tokens.is_empty() {
+            check_tokens(&file.tokens, 0, limits)?;
+        }
+        let needed = file.tokens.len() / layout.block_tokens;
+        let tokens: Arc<[u32]> = file.tokens[..needed * layout.block_tokens].into();
+        let mut held = Vec::with_capacity(replicas.len());
+        for replica in 0..replicas.len() {
+            held.push(self.hold(replica, Arc::clone(&tokens), true)?);
+        }
+        if held.iter().any(|held| held.blocks().len() < needed) {
+            return Err(failed(ConversationError::NoRoom { needed }));
+        }
+        let piece = (PIECE / layout.block_bytes()).max(1);
+        for start in (0..needed).step_by(piece) {
+            let end = needed.min(start + piece);
+            let mut data = vec![0; (end - start) * layout.block_bytes()];
+            file.read(&mut data).map_err(failed)?;
+            for held in &held {
+                // What was found is there, and shared with others.
+                let first = held.table.known().clamp(start, end);
+                let blocks = held.blocks()[first..end].to_vec();
+                let data = data[(first - start) * layout.block_bytes()..].into();
+                self.ask(held.replica, |answer| Message::Import { blocks, data, answer })??;
+            }
+        }
+        let all = file.finish().map_err(failed)?;
+        for held in &mut held {
+            held.release(Arc::clone(&tokens))?;
+        }
+        Ok(all)
+    }
+
+    /// What a file must be like for this engine.
+    fn expected(&self) -> Result<Expected, Error> {
+        let Handle { layout, limits: (context_length, _), model, fingerprint, .. } = &*self.handle;
+        let fingerprint = match fingerprint.get() {
+            Some(fingerprint) => *fingerprint,
+            None => {
+                let now = conversation::fingerprint(&**model)?;
+                *fingerprint.get_or_init(|| now)
+            }
+        };
+        Ok(Expected { layout: *layout, context_length: *context_length, fingerprint })
+    }
+
+    fn hold(&self, replica: usize, tokens: Arc<[u32]>, grow: bool) -> Result<Held<'_>, Error> {
+        let table = self.ask(replica, |answer| Message::Hold { tokens, grow, answer })?;
+        Ok(Held { engine: self, replica, table })
+    }
+
+    /// Sends a replica a question and waits for the answer.
+    fn ask<T>(
+        &self,
+        replica: usize,
+        question: impl FnOnce(Sender<T>) -> Message,
+    ) -> Result<T, Error> {
+        let (answer, answers) = channel();
+        self.send(replica, question(answer))?;
+        answers.recv().map_err(|_| stopped())
     }
 
     /// What the engine has done until now, all replicas together.
@@ -500,7 +696,8 @@ impl StepLoop {
 
     /// Takes in what has come; false once nobody can submit any more.
     fn receive(&mut self) -> bool {
-        let Requests { scheduler, draft_cache, statistics, .. } = &mut self.requests;
+        let Self { runner, requests, .. } = self;
+        let Requests { scheduler, draft_cache, statistics, .. } = requests;
         loop {
             match self.inbox.try_recv() {
                 Ok(Message::Submit(submission)) => {
@@ -519,6 +716,32 @@ impl StepLoop {
                     };
                     // Who does not wait for the answer does not need it.
                     let _ = answer.send(now);
+                }
+                Ok(Message::Hold { tokens, grow, answer }) => {
+                    let cache = scheduler.cache_mut();
+                    let mut table = BlockTable::default();
+                    cache.hold(&mut table, &tokens);
+                    if grow && !cache.grow(&mut table, tokens.len()) {
+                        cache.release(&mut table);
+                    }
+                    if let Err(unread) = answer.send(table) {
+                        cache.release(&mut { unread.0 });
+                    }
+                }
+                Ok(Message::Export { blocks, answer }) => {
+                    let mut data = Vec::new();
+                    let mut all = blocks.into_iter();
+                    let _ = answer
+                        .send(all.try_for_each(|b| runner.export(b, &mut data)).map(|()| data));
+                }
+                Ok(Message::Import { blocks, data, answer }) => {
+                    let size = data.len() / blocks.len().max(1);
+                    let mut all = blocks.into_iter().zip(data.chunks_exact(size.max(1)));
+                    let _ = answer.send(all.try_for_each(|(b, data)| runner.import(b, data)));
+                }
+                Ok(Message::Release { mut table, tokens }) => {
+                    scheduler.cache_mut().computed(&mut table, &tokens);
+                    scheduler.cache_mut().release(&mut table);
                 }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,

@@ -1,6 +1,7 @@
 //! [`InferenceEngine`]: a model and an engine behind one door, text in and text out.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -468,6 +469,54 @@ impl InferenceEngine {
         let at_once = loaded.at_once;
         let answers = stream::iter(batch.to_vec()).map(move |tokens| loaded.infer(&tokens));
         Answer::new(answers.buffered(at_once).try_collect())
+    }
+
+    /// Writes what a prompt's keys and values are to a file, computed first where they are not there:
+    /// see [`Engine::save`]. Waits.
+    ///
+    /// # Errors
+    /// As [`generate`](InferenceEngine::generate) and [`Engine::save`].
+    pub fn save(&self, prompt: &str, path: impl AsRef<Path>) -> Result<(), Error> {
+        let Loaded { engine, model, .. } = self.loaded()?;
+        engine.save(&model.tokenizer().encode(prompt, true, Special::Recognised)?, path)
+    }
+
+    /// As [`save`](InferenceEngine::save), for a conversation up to its last message.
+    ///
+    /// # Errors
+    /// As [`chat`](InferenceEngine::chat) and [`Engine::save`].
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, Message};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let mut messages = vec![Message::new("user", "Tell me a story about a cat and a dog.")];
+    /// let folder = tempfile::tempdir().expect("a folder");
+    /// engine.save_chat(&messages, folder.path().join("cat.kv"))?;
+    ///
+    /// // The program ends and comes back.
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// engine.restore(folder.path().join("cat.kv"))?;
+    /// println!("{}", engine.chat(&messages, GenerationParams::default()).wait()?.text);
+    /// # assert!(engine.statistics()?.kv.reused_tokens > 0);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn save_chat(&self, messages: &[Message], path: impl AsRef<Path>) -> Result<(), Error> {
+        let Loaded { engine, model, .. } = self.loaded()?;
+        let template = model.chat_template()?;
+        engine.save(&template.encode(model.tokenizer(), messages, false)?.1, path)
+    }
+
+    /// Reads a file that [`save`](InferenceEngine::save) or
+    /// [`save_chat`](InferenceEngine::save_chat) wrote: what begins with the same text starts with its
+    /// keys and values. Returns the token ids. Waits.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`], and if no model is loaded.
+    pub fn restore(&self, path: impl AsRef<Path>) -> Result<Vec<u32>, Error> {
+        self.loaded()?.engine.restore(path)
     }
 
     /// What the engine has done until now.

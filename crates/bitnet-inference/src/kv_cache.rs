@@ -36,6 +36,11 @@ impl BlockTable {
         BlockTable { blocks: Vec::with_capacity(blocks), known: 0, content: ROOT }
     }
 
+    /// How many of its blocks, from the first, hold what the cache knows.
+    pub(crate) fn known(&self) -> usize {
+        self.known
+    }
+
     /// Block numbers in the order of the tokens.
     pub(crate) fn blocks(&self) -> &[u32] {
         &self.blocks
@@ -226,6 +231,19 @@ impl KvCache {
         self.statistics.admitted_tokens += tokens.len() as u64;
         self.statistics.reused_tokens += computed as u64;
         Some(Admission { computed, copy })
+    }
+
+    /// Gives an empty table the blocks that hold the beginning of `tokens`, as many as are found. They
+    /// stay what they are while it has them.
+    pub(crate) fn hold(&mut self, table: &mut BlockTable, tokens: &[u32]) {
+        assert!(table.blocks.is_empty());
+        for ids in tokens.chunks_exact(self.block_tokens) {
+            let Some(block) = self.find(table.content, ids) else { break };
+            self.share(block);
+            table.blocks.push(block);
+            table.known += 1;
+            table.content = self.blocks[block as usize].content.expect("it was found");
+        }
     }
 
     /// Gives a table room for `tokens` tokens; false, and nothing changes, if there are too few

@@ -3,6 +3,7 @@
 
 pub mod bench;
 pub mod builder;
+pub mod conversation;
 pub mod engine;
 pub mod error;
 pub mod generate;
@@ -27,6 +28,7 @@ pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
 pub use bitnet_model::weights::LoadProgress;
 pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
+pub use conversation::ConversationError;
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};

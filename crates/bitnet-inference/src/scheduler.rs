@@ -402,6 +402,11 @@ impl<R> Scheduler<R> {
         self.cache.statistics()
     }
 
+    /// The block bookkeeping, for blocks that no sequence has.
+    pub(crate) fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+
     /// The tokens of the current step.
     pub(crate) fn batch(&self) -> &[Work] {
         &self.batch
@@ -412,7 +417,8 @@ impl<R> Scheduler<R> {
         &self.copies
     }
 
-    /// Puts the next step together. It is empty only if every sequence is paused.
+    /// Puts the next step together. It is empty only if every sequence is paused or waits for blocks
+    /// that no sequence has.
     pub(crate) fn schedule(&mut self) {
         self.batch.clear();
         self.copies.clear();

@@ -123,6 +123,11 @@ impl TokenStream {
         Poll::Pending
     }
 
+    /// The engine's replica that has the request.
+    pub(crate) fn replica(&self) -> usize {
+        self.replica
+    }
+
     /// Lets the engine drop the request before its next step.
     pub(crate) fn cancel(&self) {
         self.signal.cancelled.store(true, Ordering::Release);
