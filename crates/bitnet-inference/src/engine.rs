@@ -18,8 +18,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::sync::{Arc, OnceLock};
-use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
 use bitnet_core::backend::{KvLayout, KvType};
 use bitnet_core::{Error as CoreError, Shortcuts};
@@ -28,16 +28,17 @@ use crate::conversation::{self, ConversationError, Expected};
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
 use crate::kv_cache::{BlockTable, KvCache, KvStatistics};
-use crate::request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
+use crate::request::{Event, Finish, LogitsProcessor, Overflow, Request, Token, Usage};
 use crate::runner::{Part, Room, Runner};
 use crate::sampler::{
     Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, SamplingParams,
     Selection,
 };
-use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing};
+use crate::scheduler::{Limits, Place, Places, Scheduler, SchedulerPolicy, Sequence, Standing};
 use crate::session::{AnyDecoder, DEFAULT_CHUNK, check_tokens};
 use crate::speculation::draft::{Draft, DraftTable};
 use crate::speculation::{Proposer, Source, Speculating, Speculation};
+use crate::step_time::PromptShare;
 use crate::stream::{EventSender, TokenStream};
 
 /// How an engine is set up. None of these changes a token, but the KV type.
@@ -59,6 +60,11 @@ pub struct EngineOptions {
     pub kv_type: KvType,
     /// Tokens per KV block: prefixes are shared in whole blocks.
     pub block_tokens: usize,
+    /// Who comes first among waiting requests of the same priority.
+    pub policy: SchedulerPolicy,
+    /// How long a step is to take in which prompts are read while others write; the tokens that prompts
+    /// get follow from what steps have taken. `None`: they get what is left of `step_tokens`.
+    pub target_step_time: Option<Duration>,
 }
 
 impl Default for EngineOptions {
@@ -71,6 +77,8 @@ impl Default for EngineOptions {
             kv_bytes: 2_000_000_000,
             kv_type: KvType::F32,
             block_tokens: 16,
+            policy: SchedulerPolicy::default(),
+            target_step_time: None,
         }
     }
 }
@@ -137,7 +145,7 @@ impl Sum for EngineStatistics {
 }
 
 /// Runs requests on one model. Clones share the same engine; its threads end with the last of them
-/// and of their streams.
+/// and of their streams. The last clone waits for them if no stream is left; a stream never does.
 #[derive(Clone)]
 pub struct Engine {
     handle: Arc<Handle>,
@@ -165,9 +173,39 @@ struct Handle {
 
 /// One of the engine's step loops.
 struct Replica {
+    /// `None` once the engine is gone.
+    link: Option<Arc<Link>>,
+    thread: JoinHandle<()>,
+}
+
+/// What keeps a step loop running: the engine has one of it, and so has each stream. When the last is
+/// dropped, the thread ends by itself.
+pub(crate) struct Link {
     /// `None` once the thread is to end.
     mailbox: Option<Sender<Message>>,
-    thread: JoinHandle<()>,
+    thread: Thread,
+}
+
+impl Link {
+    /// Lets the step loop look for something to do.
+    pub(crate) fn wake(&self) {
+        self.thread.unpark();
+    }
+}
+
+#[cfg(test)]
+impl Link {
+    /// For a stream without an engine.
+    pub(crate) fn to_nobody() -> Arc<Self> {
+        Arc::new(Link { mailbox: None, thread: thread::current() })
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.mailbox = None;
+        self.wake();
+    }
 }
 
 enum Message {
@@ -243,7 +281,11 @@ pub(crate) struct Active {
     processors: Vec<Box<dyn LogitsProcessor>>,
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
+    /// Tokens of prompt and output that were dropped because the context was full.
+    dropped_tokens: usize,
     most_output_tokens: usize,
+    /// Tokens that stay when the context is full, and its length.
+    context: (usize, usize),
     pub(crate) speculating: Option<Speculating>,
     /// Dropped before `events`, whose end says that the place is free.
     place: Place,
@@ -252,7 +294,7 @@ pub(crate) struct Active {
 
 impl Active {
     fn output_tokens(&self, tokens: &[u32]) -> usize {
-        tokens.len() - self.prompt_tokens
+        tokens.len() + self.dropped_tokens - self.prompt_tokens
     }
 
     /// What it needs of the logits after each of the last `positions` tokens of `tokens`, if not all.
@@ -387,10 +429,14 @@ impl Engine {
                     Some(draft) => Some(Draft::new(runner(draft)?, step_tokens, max_sequences)),
                     None => None,
                 },
+                prompt_share: options
+                    .target_step_time
+                    .map(|target| PromptShare::new(target, step_tokens)),
                 requests: Requests {
                     scheduler: Scheduler::new(
                         cache(),
                         Limits { max_sequences, step_tokens },
+                        options.policy,
                         places,
                     ),
                     draft_cache: draft.map(|_| cache()),
@@ -404,7 +450,8 @@ impl Engine {
                 .map_err(|error| Error::EngineStopped {
                     reason: format!("its thread cannot be started: {error}"),
                 })?;
-            handle.replicas.push(Replica { mailbox: Some(mailbox), thread });
+            let link = Link { mailbox: Some(mailbox), thread: thread.thread().clone() };
+            handle.replicas.push(Replica { link: Some(Arc::new(link)), thread });
         }
         Ok(Engine { handle: Arc::new(handle) })
     }
@@ -417,14 +464,36 @@ impl Engine {
     /// the guesses of a draft model that is not there; there are too many requests; or the engine has
     /// stopped.
     pub fn submit(&self, request: Request) -> Result<TokenStream, Error> {
-        let Request { prompt, sampling, max_tokens, end_ids, .. } = request;
-        let Request { priority, client, deadline, processors, buffer, .. } = request;
+        let Request { mut prompt, sampling, max_tokens, end_ids, overflow, .. } = request;
+        let Request { priority, client, deadline, processors, buffer, max_latency, .. } = request;
         let (context_length, _) = self.handle.limits;
-        check_tokens(&prompt, 0, self.handle.limits)?;
-        let mut sampler = Sampler::new(&sampling)?;
+        let prompt_tokens = prompt.len();
+        let keep_first = overflow.keep_first();
+        if keep_first > context_length / 2 {
+            return Err(InvalidParameter {
+                name: "the number of tokens that stay when the context is full",
+                value: keep_first.to_string(),
+                allowed: "at most half of the context",
+            }
+            .into());
+        }
         // The last token of an output is never computed.
-        let most_output_tokens = max_tokens.min(context_length - prompt.len() + 1);
-        let most_tokens = prompt.len() + most_output_tokens.saturating_sub(1);
+        let mut most_output_tokens = max_tokens;
+        if overflow == Overflow::Stop {
+            let left = (context_length + 1).saturating_sub(prompt.len());
+            most_output_tokens = max_tokens.min(left);
+        } else {
+            while prompt.len() > context_length {
+                prompt.drain(Overflow::dropped(keep_first, prompt.len()));
+            }
+        }
+        check_tokens(&prompt, 0, self.handle.limits)?;
+        let dropped_tokens = prompt_tokens - prompt.len();
+        let mut sampler = Sampler::new(&sampling)?;
+        let most_tokens = prompt.len().saturating_add(most_output_tokens.saturating_sub(1));
+        let most_tokens = most_tokens.min(context_length);
+        // Nobody needs room for more than fits the context.
+        let buffer = buffer.min(most_output_tokens).min(context_length + 1);
         if most_tokens > self.handle.kv_tokens {
             return Err(Error::KvBudget { needed: most_tokens, room: self.handle.kv_tokens });
         }
@@ -438,10 +507,9 @@ impl Engine {
         let place = self.handle.places.enter(ended)?;
         let replica = place.replica();
         let (mut events, stream) =
-            TokenStream::new(self.clone(), replica, buffer.min(most_output_tokens));
-        let prompt_tokens = prompt.len();
+            TokenStream::new(Arc::clone(self.link(replica)), replica, buffer, max_latency);
         if most_output_tokens == 0 {
-            let usage = Usage { prompt_tokens, ..Usage::default() };
+            let usage = Usage { prompt_tokens, dropped_tokens, ..Usage::default() };
             events.send(Ok(Event::Finished(Finish { reason: FinishReason::Length, usage })));
             return Ok(stream);
         }
@@ -450,7 +518,9 @@ impl Engine {
             processors,
             end_ids,
             prompt_tokens,
+            dropped_tokens,
             most_output_tokens,
+            context: (keep_first, context_length),
             speculating,
             place,
             events,
@@ -624,16 +694,16 @@ impl Engine {
     }
 
     fn send(&self, replica: usize, message: Message) -> Result<(), Error> {
-        let mailbox = self.handle.replicas[replica].mailbox.as_ref();
-        let mailbox = mailbox.expect("it is there until the last clone is gone");
+        let link = self.link(replica);
+        let mailbox = link.mailbox.as_ref().expect("it is there as long as the link");
         mailbox.send(message).map_err(|_| stopped())?;
-        self.wake(replica);
+        link.wake();
         Ok(())
     }
 
-    /// Lets a replica look for something to do.
-    pub(crate) fn wake(&self, replica: usize) {
-        self.handle.replicas[replica].thread.thread().unpark();
+    fn link(&self, replica: usize) -> &Arc<Link> {
+        let link = self.handle.replicas[replica].link.as_ref();
+        link.expect("it is there until the last clone is gone")
     }
 }
 
@@ -643,13 +713,12 @@ fn stopped() -> Error {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        for replica in &mut self.replicas {
-            replica.mailbox = None;
-            replica.thread.thread().unpark();
-        }
-        for Replica { thread, .. } in self.replicas.drain(..) {
-            // A logits processor can hold the last clone.
-            if thread.thread().id() != thread::current().id() {
+        let links = self.replicas.iter_mut().map(|replica| replica.link.take());
+        let last: Vec<bool> = links.map(|link| link.and_then(Arc::into_inner).is_some()).collect();
+        for (Replica { thread, .. }, last) in self.replicas.drain(..).zip(last) {
+            // Where streams are left, the thread ends after them and nobody waits for it. A logits
+            // processor can hold the last clone.
+            if last && thread.thread().id() != thread::current().id() {
                 // If it panicked, it has said so.
                 let _ = thread.join();
             }
@@ -662,6 +731,7 @@ struct StepLoop {
     inbox: Receiver<Message>,
     runner: Box<dyn Runner>,
     draft: Option<Draft>,
+    prompt_share: Option<PromptShare>,
     requests: Requests,
 }
 
@@ -681,6 +751,7 @@ impl StepLoop {
             self.requests.sweep();
             self.requests.scheduler.schedule();
             if self.requests.scheduler.batch().is_empty() {
+                self.requests.tell_all();
                 // Whoever submits, reads from a full ring or goes away wakes this thread.
                 match self.requests.scheduler.next_deadline() {
                     Some(end) => {
@@ -688,7 +759,7 @@ impl StepLoop {
                     }
                     None => thread::park(),
                 }
-            } else if let Err(error) = self.step() {
+            } else if let Err(error) = self.timed_step() {
                 return self.requests.fail_all(&error);
             }
         }
@@ -749,6 +820,18 @@ impl StepLoop {
         }
     }
 
+    /// Computes the step that was put together, and learns what prompts cost in it.
+    fn timed_step(&mut self) -> Result<(), CoreError> {
+        let prompt_tokens = self.requests.scheduler.prompt_tokens_beside_others();
+        let start = Instant::now();
+        self.step()?;
+        if let (Some(share), Some(prompt_tokens)) = (&mut self.prompt_share, prompt_tokens) {
+            share.learn(prompt_tokens, start.elapsed());
+            self.requests.scheduler.set_prefill_tokens(share.tokens());
+        }
+        Ok(())
+    }
+
     /// Computes the step that was put together.
     fn step(&mut self) -> Result<(), CoreError> {
         let Self { runner, draft, requests, .. } = self;
@@ -785,14 +868,28 @@ impl Requests {
             }
         }
         let Self { scheduler, draft_cache, .. } = self;
+        let mut now = None;
         for (_, sequence) in scheduler.sequences_mut() {
-            sequence.paused = sequence.request.events.is_full();
+            let events = &mut sequence.request.events;
+            if events.is_untold() {
+                events.tell(*now.get_or_insert_with(Instant::now));
+            }
+            sequence.paused = events.is_full();
             let (decodes, waits) = (sequence.decodes(), sequence.blocks().is_empty());
             let (active, tokens) = sequence.parts();
             if waits {
                 active.release_draft(draft_cache);
             }
             sequence.wish = if decodes { active.wish(tokens) } else { 0 };
+        }
+    }
+
+    /// Wakes every reader that was left asleep.
+    fn tell_all(&mut self) {
+        for (_, sequence) in self.scheduler.sequences_mut() {
+            if sequence.request.events.is_untold() {
+                sequence.request.events.tell_now();
+            }
         }
     }
 
@@ -872,6 +969,14 @@ impl Requests {
         if last {
             return self.finish(slot, Ok(FinishReason::Length));
         }
+        let sequence = self.scheduler.sequence_mut(slot);
+        let (length, (keep_first, context_length)) =
+            (sequence.tokens().len(), sequence.request.context);
+        if length > context_length {
+            let dropped = Overflow::dropped(keep_first, length);
+            sequence.request.dropped_tokens += dropped.len();
+            self.scheduler.shorten(slot, dropped);
+        }
         accepted
     }
 
@@ -903,14 +1008,15 @@ impl Requests {
 
 /// What a sequence has taken until now.
 fn usage(sequence: &Sequence<Active>) -> Usage {
-    let Active { prompt_tokens, speculating, .. } = &sequence.request;
+    let Active { prompt_tokens, dropped_tokens, speculating, .. } = &sequence.request;
     let (proposed_tokens, accepted_tokens) =
         speculating.as_ref().map_or((0, 0), Speculating::counts);
     Usage {
         prompt_tokens: *prompt_tokens,
         reused_tokens: sequence.reused(),
-        output_tokens: sequence.tokens().len() - prompt_tokens,
+        output_tokens: sequence.request.output_tokens(sequence.tokens()),
         proposed_tokens,
         accepted_tokens,
+        dropped_tokens: *dropped_tokens,
     }
 }

@@ -22,13 +22,14 @@ use crate::error::Error;
 use crate::generate::Generation;
 use crate::inference_stream::{InferenceStream, StreamingConfig};
 use crate::model::{Model, cpu_backend};
-use crate::request::Request;
+use crate::request::{Overflow, Request};
 use crate::sampler::SamplingParams;
 use crate::speculation::Speculation;
 use crate::stream::block_on;
 
 /// For whoever wants the whole of a generation: nobody reads it meanwhile, and it need not pause.
-const WHOLE: StreamingConfig = StreamingConfig { buffer: usize::MAX, ordered: true };
+const WHOLE: StreamingConfig =
+    StreamingConfig { buffer: usize::MAX, ordered: true, max_latency: Duration::ZERO };
 
 /// What to generate, when to stop, and how urgent it is.
 #[derive(Debug, Clone, PartialEq)]
@@ -50,6 +51,8 @@ pub struct GenerationParams {
     /// How the next tokens are guessed, which changes the speed and no token; not at all, unless it
     /// is said.
     pub speculation: Option<Speculation>,
+    /// What becomes of it when the model's context is full; it ends, unless it is said.
+    pub overflow: Overflow,
 }
 
 impl Default for GenerationParams {
@@ -63,6 +66,7 @@ impl Default for GenerationParams {
             client: 0,
             time_limit: None,
             speculation: None,
+            overflow: Overflow::default(),
         }
     }
 }
@@ -584,6 +588,8 @@ impl Loaded {
         request.processors = self.processors.iter().map(|make| make()).collect();
         request.buffer = config.buffer;
         request.speculation = params.speculation;
+        request.overflow = params.overflow;
+        request.max_latency = config.max_latency;
         InferenceStream::start(&self.engine, &self.model, request, stop)
     }
 
@@ -625,7 +631,7 @@ async fn whole(stream: &mut InferenceStream) -> Result<Generation, Error> {
     while let Some(event) = stream.next().await {
         let event = event?;
         generation.text.push_str(&event.text);
-        if let Some(token) = event.token {
+        for token in event.tokens {
             let first = *first.get_or_insert(token.time);
             generation.prompt_time = first - stream.start_time();
             generation.decode_time = token.time - first;
