@@ -58,6 +58,10 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how fast a model reads and writes
     Bench(BenchArgs),
+    /// Print a script that lets a shell complete commands and flags
+    Completions(CompletionsArgs),
+    /// Write the manual pages
+    Man(ManArgs),
 }
 
 /// A model by itself.
@@ -144,7 +148,9 @@ Examples:
   bitnet run \"Once upon a time\"
   bitnet run \"Once upon a time\" -n 200 --temperature 0.8 --top-p 0.95 --seed 7
   bitnet run -m models/bitnet-2b.gguf --chat \"Why is the sky blue?\"
-  bitnet run --file story.txt --json")]
+  bitnet run --file story.txt --json
+  bitnet run \"Her name was \" --regex \"(Lily|Sue|Anna)\"
+  bitnet run \"A cat as JSON: \" --json-schema cat.json")]
 pub struct RunArgs {
     /// The text to continue
     #[arg(conflicts_with_all = ["file", "tokens"])]
@@ -195,6 +201,27 @@ pub struct RunArgs {
 
     #[command(flatten)]
     pub sampling: SamplingArgs,
+
+    #[command(flatten)]
+    pub constraint: ConstraintArgs,
+}
+
+/// What the output must be: at most one of these.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Constraint")]
+#[group(multiple = false)]
+pub struct ConstraintArgs {
+    /// Write JSON that this schema describes: a file, `-` for stdin, or the schema, which begins with {
+    #[arg(long, value_name = "FILE|TEXT", value_parser = NonEmptyStringValueParser::new())]
+    pub json_schema: Option<String>,
+
+    /// Write a text that matches this regular expression from its first to its last character
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    pub regex: Option<String>,
+
+    /// Write a text of the grammar in this file (Lark, from its rule `start`); `-` is stdin
+    #[arg(long, value_name = "FILE")]
+    pub grammar: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -415,6 +442,30 @@ pub struct InfoArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnet completions bash > ~/.local/share/bash-completion/completions/bitnet
+  bitnet completions zsh > \"${fpath[1]}/_bitnet\"
+  bitnet completions fish > ~/.config/fish/completions/bitnet.fish")]
+pub struct CompletionsArgs {
+    /// The shell that is to read the script
+    #[arg(value_enum, value_name = "SHELL")]
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Writes bitnet.1 and a page for each command, such as bitnet-run.1.
+
+Example:
+  bitnet man ~/.local/share/man/man1")]
+pub struct ManArgs {
+    /// The folder to write to, which is made if it is not there
+    #[arg(value_name = "FOLDER")]
+    pub folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
 pub struct DevicesArgs {
     /// Print {"devices":[..]}
     #[arg(long)]
@@ -453,7 +504,9 @@ pub struct DoctorArgs {
 pp512 reads a prompt of 512 tokens up to the first token after it, tg128
 generates 128 tokens greedily, tg128x4@1000 does so for 4 sequences at once
 that hold 1000 tokens each. Every test runs once to warm up and then --reps
-times. What the columns mean is in docs/performance.md.
+times. What the columns mean is in docs/performance.md. --ops measures single
+operations on weights that stay in the cache, --grade what a user of the
+model meets, with marks from A+ to D.
 
 Examples:
   bitnet bench
@@ -463,6 +516,14 @@ Examples:
 pub struct BenchArgs {
     #[command(flatten)]
     pub model: ModelName,
+
+    /// Measure single operations in place of a model
+    #[arg(long, conflicts_with_all = ["model", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings"])]
+    pub ops: bool,
+
+    /// Measure requests, a batch, memory and this machine, and grade them
+    #[arg(long, conflicts_with_all = ["ops", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings", "threads"])]
+    pub grade: bool,
 
     /// Random weights of a known shape in place of a model
     #[arg(long, value_name = "NAME", value_parser = shape_names(), conflicts_with = "model")]

@@ -263,6 +263,49 @@ fn a_text_generator_makes_no_embeddings_and_an_embedding_model_no_text() {
 }
 
 #[test]
+fn constraints_that_cannot_be_kept() {
+    let folder = Folder::new();
+    folder.write("schema.json", r#"{"type": "array", "uniqueItems": true}"#);
+    folder.write("grammar.lark", "start: word\n");
+    for (flag, value, sentence) in [
+        (
+            "--json-schema",
+            "{",
+            "the JSON schema cannot be used: it is not JSON: EOF while parsing an object at line 1 column 1",
+        ),
+        (
+            "--json-schema",
+            "schema.json",
+            "the JSON schema cannot be used: Unimplemented keys: [\"uniqueItems\"]",
+        ),
+        (
+            "--json-schema",
+            r#"{"type": "integer", "minimum": 2, "maximum": 1}"#,
+            "nothing satisfies the JSON schema: minimum (2) is greater than maximum (1)",
+        ),
+        ("--regex", "(", "the regular expression cannot be used: unclosed group"),
+        (
+            "--grammar",
+            "grammar.lark",
+            "the Lark grammar cannot be used: line 1, column 8: unknown name: \"word\"",
+        ),
+    ] {
+        refused(folder.run(&["run", "x", flag, value]), 1, sentence);
+        refused(folder.run(&["run", "x", flag, value, "--json"]), 1, sentence);
+    }
+    for flag in ["--json-schema", "--grammar"] {
+        let missing = folder.run(&["run", "x", flag, "missing.json"]);
+        assert!(missing.stderr.starts_with("error: missing.json: cannot be read: "));
+        assert_eq!((missing.code, missing.stderr.lines().count()), (Some(1), 1));
+        refused(
+            folder.run_with_input(&["run", "--file", "-", flag, "-"], b"x"),
+            2,
+            "stdin cannot be both the prompt and the constraint: put one into a file",
+        );
+    }
+}
+
+#[test]
 fn names_cannot_control_the_terminal() {
     let outcome = Folder::new().run(&["info", "-m", "\u{1b}[2J\nerror: x"]);
     assert_eq!((outcome.code, outcome.stderr.lines().count()), (Some(1), 1), "{}", outcome.stderr);
@@ -327,6 +370,10 @@ fn wrong_usage_is_one_sentence_with_a_hint_and_status_2() {
             &["run", "x", "--logprobs", "1"],
             "the following required arguments were not provided: --json",
         ),
+        (
+            &["run", "x", "--regex", "a", "--grammar", "b"],
+            "the argument '--regex <TEXT>' cannot be used with '--grammar <FILE>'",
+        ),
         (&["logits"], "the following required arguments were not provided: --tokens <IDS>"),
         (&["frobnicate"], "unrecognized subcommand 'frobnicate'"),
     ] {
@@ -336,7 +383,7 @@ fn wrong_usage_is_one_sentence_with_a_hint_and_status_2() {
 
 #[test]
 fn flags_of_what_is_not_built_are_refused() {
-    for arguments in [&["run", "x", "--profile"][..], &["serve"], &["chat"]] {
+    for arguments in [&["run", "x", "--draft", "tiny"][..], &["serve"], &["chat"]] {
         let outcome = Folder::new().run(arguments);
         assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""), "{arguments:?}");
     }

@@ -93,3 +93,41 @@ fn what_cannot_be_measured_is_refused_in_a_sentence() {
     assert_eq!(outcome.code, Some(2));
     assert!(outcome.stderr.contains("give a share from 0 to 1"), "{}", outcome.stderr);
 }
+
+#[test]
+fn operations_have_rates_in_every_form() {
+    let ops = |more: &[&'static str]| [&["bench", "--ops", "--reps", "1"][..], more].concat();
+    let report = json_of(&ops(&["--format", "json", "-t", "1,2"]));
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows.len() % 2, 0);
+    assert_eq!(rows[0]["operation"], "BitLinear 256 to 256");
+    assert_eq!(rows[0]["macs_per_pass"], 65_536);
+    assert!(rows.iter().all(|row| row["passes_per_s"]["median"].as_f64().unwrap() > 0.0));
+
+    let table = stdout_of(&ops(&[]));
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let csv = stdout_of(&ops(&["--format", "csv"]));
+    let cells = |line: &str| line.split(',').count();
+    assert!(csv.lines().all(|line| cells(line) == cells(csv.lines().next().unwrap())), "{csv}");
+    let md = stdout_of(&ops(&["--format", "md"]));
+    let rows: Vec<&str> = md.lines().filter(|line| line.starts_with('|')).collect();
+    assert!(rows.iter().all(|row| row.matches('|').count() == rows[0].matches('|').count()));
+}
+
+#[test]
+fn a_grade_comes_with_its_figures() {
+    let report = json_of(&["bench", "--grade", "--reps", "1", "--format", "json"]);
+    assert_eq!(report["iterations"], 4);
+    for name in ["tokens_per_s", "batch_tokens_per_s", "passes_per_s", "memory_bytes"] {
+        assert!(report[name].as_f64().unwrap() > 0.0, "{name}");
+    }
+    let marks = report["grades"].as_array().unwrap();
+    let weights: u64 = marks.iter().map(|mark| mark["weight_percent"].as_u64().unwrap()).sum();
+    assert_eq!((marks.len(), weights), (4, 100));
+    assert!(["A+", "A", "B", "C", "D"].contains(&report["grade"].as_str().unwrap()));
+
+    let table = stdout_of(&["bench", "--grade", "--reps", "1"]);
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let refused = bitnet(&["bench", "--grade", "--format", "csv"]);
+    assert_eq!(refused.code, Some(2), "{}", refused.stderr);
+}

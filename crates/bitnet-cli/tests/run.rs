@@ -220,3 +220,33 @@ fn a_profile_names_each_operation_its_bytes_and_its_bound() {
     assert!(shown.stderr.contains("bound by"), "{}", shown.stderr);
     assert!(shown.stderr.lines().all(|line| line.chars().count() <= 80), "{}", shown.stderr);
 }
+
+#[test]
+fn a_constraint_is_what_the_output_is() {
+    let folder = Folder::new();
+    let schema = r#"{"type": "object", "properties": {"colour": {"enum": ["red", "blue"]}},
+        "required": ["colour"], "additionalProperties": false,
+        "x-guidance": {"whitespace_flexible": false}}"#;
+    folder.write("schema.json", schema);
+    folder.write("sum.lark", "start: N (\"+\" N)~2\nN: /[1-9][0-9]?/\n");
+    let values = [r#"{"colour":"red"}"#, r#"{"colour":"blue"}"#];
+    for schema in [schema, "schema.json"] {
+        let outcome = folder.run(&["run", "It was ", "--json-schema", schema, "--json"]);
+        let run: serde_json::Value = serde_json::from_str(&outcome.stdout).unwrap();
+        assert!(values.contains(&run["text"].as_str().unwrap()), "{run}");
+        assert_eq!(run["finish_reason"], "stop");
+    }
+    let outcome = folder.run(&["run", "It was ", "--regex", "(red|blue), (red|blue)\\."]);
+    let colours = outcome.stdout.strip_prefix("It was ").unwrap().strip_suffix(".\n").unwrap();
+    assert!(colours.split(", ").all(|colour| ["red", "blue"].contains(&colour)), "{colours}");
+    let sampled = ["--temperature", "1.5", "--seed", "4", "--grammar", "sum.lark"];
+    let outcome = folder.run(&[&["run", "--tokens", "1,2,3"][..], &sampled].concat());
+    let numbers: Vec<u32> =
+        outcome.stdout.trim().split('+').map(|number| number.parse().unwrap()).collect();
+    assert!(numbers.len() == 3 && numbers.iter().all(|number| (1..100).contains(number)));
+
+    // One that has to be cut off says so.
+    let outcome = folder.run(&["run", "It was ", "--regex", "(red|blue){9}", "-n", "3"]);
+    let note = "note: the output is cut off and may not be what the constraint asks: raise -n\n";
+    assert!(outcome.code == Some(0) && outcome.stderr.contains(note), "{}", outcome.stderr);
+}

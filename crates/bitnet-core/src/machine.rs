@@ -41,9 +41,27 @@ pub fn physical_cores() -> usize {
     sysinfo::System::physical_core_count().map_or(allowed, |cores| cores.clamp(1, allowed))
 }
 
+/// Bytes of memory that this process occupies, mapped files included as far as they have been read;
+/// `None` where the system does not tell.
+pub fn resident_bytes() -> Option<u64> {
+    let id = sysinfo::get_current_pid().ok()?;
+    let mut system = sysinfo::System::new().ok()?;
+    let memory = sysinfo::ProcessRefreshKind::nothing().with_memory();
+    system.refresh_processes_specifics(sysinfo::ProcessesToUpdate::Some(&[id]), true, memory);
+    Some(system.process(id)?.memory()).filter(|&bytes| bytes > 0)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn memory_that_was_written_is_resident() {
+        let before = resident_bytes().unwrap();
+        let written = std::hint::black_box(vec![1u8; 64 << 20]);
+        let after = resident_bytes().unwrap();
+        assert!(after >= before + (48 << 20), "{before} to {after}, {}", written.len());
+    }
 
     #[test]
     fn a_machine_has_a_name_a_core_and_memory() {

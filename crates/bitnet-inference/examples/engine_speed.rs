@@ -35,6 +35,7 @@ fn main() {
         max_tokens: tokens,
         stop: Vec::new(),
         end_ids: BTreeSet::new(),
+        constraint: None,
     };
     let prompt = [1, 2, 3, 4];
     let through_engine = |count: usize| {

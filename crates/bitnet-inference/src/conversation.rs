@@ -9,11 +9,13 @@ use std::fmt;
 use std::fs::{self, File};
 use std::io::{self, BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bitnet_core::backend::{KvLayout, KvType};
 use sha2::{Digest, Sha256};
 
 use crate::error::Error;
+use crate::grammar::Vocabulary;
 use crate::session::{AnyDecoder, SessionOptions};
 
 /// What the file begins with.
@@ -120,12 +122,15 @@ pub(crate) struct Expected {
 /// What tells a model from others of the same shape, the same on every machine and for every format
 /// of its file: a hash of its logits after some tokens. What these cannot show, the windows of the
 /// layers, is hashed too.
-pub(crate) fn fingerprint(decoder: &dyn AnyDecoder) -> Result<[u8; DIGEST], Error> {
+pub(crate) fn fingerprint(
+    decoder: &dyn AnyDecoder,
+    vocabulary: Arc<Vocabulary>,
+) -> Result<[u8; DIGEST], Error> {
     let (config, vocab_size) = (decoder.config(), decoder.vocab_size());
     let count = PROBE.min(config.context_length);
     let probe: Vec<u32> = (0..count).map(|i| (i * vocab_size / count) as u32).collect();
     let mut logits = Vec::new();
-    decoder.session(SessionOptions::default())?.feed(&probe, &mut logits)?;
+    decoder.session(SessionOptions::default(), vocabulary)?.feed(&probe, &mut logits)?;
     let mut digest = Sha256::new();
     for layer in &config.layers {
         digest.update((layer.window.unwrap_or(0) as u64).to_le_bytes());

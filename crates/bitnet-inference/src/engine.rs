@@ -5,12 +5,12 @@
 //! over all sequences of the step, samples a token for each that has computed all of its own (and
 //! for as many more as were proposed right), and sends it. It awaits nothing and takes no
 //! lock but those by which the kernels' threads share an operation. Between two admissions it
-//! allocates nothing: room for tokens, block tables and events is made when a request comes in.
+//! allocates nothing: room for tokens, block tables and events is made when a request comes in. What a
+//! constraint allows is found by a thread of its own (`masks.rs`), whose messages allocate.
 //!
 //! A token is the one that [`generate`](crate::generate()) would give. Each row of a step depends on its own
 //! sequence alone, and random numbers on the seed and the position in the output.
 
-use std::any::Any;
 use std::collections::BTreeSet;
 use std::iter::{self, Sum};
 use std::mem;
@@ -27,7 +27,9 @@ use bitnet_core::{Error as CoreError, Shortcuts};
 use crate::conversation::{self, ConversationError, Expected};
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
+use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary, panic_message};
 use crate::kv_cache::{BlockTable, KvCache, KvStatistics};
+use crate::masks::{Guide, MaskWorker};
 use crate::request::{Event, Finish, LogitsProcessor, Overflow, Request, Token, Usage};
 use crate::runner::{Part, Room, Runner};
 use crate::sampler::{
@@ -169,6 +171,7 @@ struct Handle {
     draft_context: Option<usize>,
     /// Whether requests get the speculation that they ask for.
     speculation: bool,
+    vocabulary: Arc<Vocabulary>,
 }
 
 /// One of the engine's step loops.
@@ -279,6 +282,8 @@ struct Submission {
 pub(crate) struct Active {
     sampler: Sampler,
     processors: Vec<Box<dyn LogitsProcessor>>,
+    /// Where its constraint stands, if it has one.
+    guide: Option<Guide>,
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
     /// Tokens of prompt and output that were dropped because the context was full.
@@ -300,8 +305,22 @@ impl Active {
     /// What it needs of the logits after each of the last `positions` tokens of `tokens`, if not all.
     pub(crate) fn selection(&mut self, positions: usize, tokens: &[u32]) -> Option<Selection<'_>> {
         let position = self.output_tokens(tokens) as u64;
-        let needs_all = !self.processors.is_empty();
+        let needs_all = !self.processors.is_empty() || self.guide.is_some();
         if needs_all { None } else { self.sampler.selection_of(positions, tokens, position) }
+    }
+
+    /// Whether it has all its tokens and waits for its grammar, which knows how it ends.
+    fn has_all_tokens(&self, tokens: &[u32]) -> bool {
+        self.output_tokens(tokens) == self.most_output_tokens
+    }
+
+    /// Whether and how its grammar ends it; nothing is known while this is with the worker.
+    fn end(&self, tokens: &[u32]) -> Option<Result<FinishReason, Error>> {
+        match self.guide.as_ref()?.grammar()? {
+            Err(error) => Some(Err(error.clone().into())),
+            Ok(grammar) if grammar.is_complete() => Some(Ok(FinishReason::Stop)),
+            Ok(_) => self.has_all_tokens(tokens).then_some(Ok(FinishReason::Length)),
+        }
     }
 
     /// How many tokens to propose after `tokens`: they and the one after them must find room in the
@@ -343,7 +362,7 @@ impl Active {
     fn sample(&mut self, tokens: &[u32], logits: Logits<'_>) -> Result<Sampled, Error> {
         let output_tokens = self.output_tokens(tokens);
         let position = output_tokens as u64;
-        let Active { sampler, processors, .. } = self;
+        let Active { sampler, processors, guide, .. } = self;
         match logits {
             Logits::Some(candidates) => {
                 Ok(sampler.sample_candidates(candidates, tokens, position)?)
@@ -355,8 +374,15 @@ impl Active {
                         processor.process(tokens, output_tokens, logits);
                     }
                 }))
-                .map_err(|panic| Error::ProcessorPanicked { message: message(&*panic) })?;
-                Ok(sampler.sample(logits, tokens, position)?)
+                .map_err(|panic| Error::ProcessorPanicked { message: panic_message(&*panic) })?;
+                // After the processors, which so cannot bring back what may not come.
+                Ok(match guide.as_ref().and_then(Guide::grammar).transpose() {
+                    Ok(Some(grammar)) => {
+                        sampler.sample_among(logits, grammar.allowed().ids(), tokens, position)?
+                    }
+                    Ok(None) => sampler.sample(logits, tokens, position)?,
+                    Err(error) => return Err(error.clone().into()),
+                })
             }
         }
     }
@@ -368,13 +394,6 @@ pub(crate) enum Logits<'a> {
     All(&'a mut [f32]),
 }
 
-/// What a panic said.
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().copied();
-    let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
-    text.unwrap_or("without a message").to_owned()
-}
-
 impl Engine {
     /// Starts an engine on threads of its own, with a draft model of the same vocabulary, if any.
     /// Of the shortcuts, it takes `prefix` and `speculation`.
@@ -383,6 +402,7 @@ impl Engine {
         draft: Option<&dyn AnyDecoder>,
         options: EngineOptions,
         shortcuts: Shortcuts,
+        vocabulary: Arc<Vocabulary>,
     ) -> Result<Self, Error> {
         options.validate()?;
         let EngineOptions { replicas, max_sequences, block_tokens, .. } = options;
@@ -413,6 +433,7 @@ impl Engine {
             fingerprint: OnceLock::new(),
             draft_context,
             speculation: shortcuts.speculation,
+            vocabulary,
         };
         let cache = || KvCache::new(block_tokens, blocks, shortcuts.prefix);
         for replica in 0..replicas {
@@ -441,6 +462,8 @@ impl Engine {
                     ),
                     draft_cache: draft.map(|_| cache()),
                     statistics: EngineStatistics::default(),
+                    masks: MaskWorker::default(),
+                    guided: Vec::with_capacity(places),
                     candidates: Candidates::with_capacity(vocab_size),
                 },
             };
@@ -461,11 +484,23 @@ impl Engine {
     /// # Errors
     /// If the prompt is empty, longer than the context or has an unknown id; a parameter has a
     /// value that it cannot have; the KV cache could not hold the request even alone; it asks for
-    /// the guesses of a draft model that is not there; there are too many requests; or the engine has
-    /// stopped.
+    /// the guesses of a draft model that is not there; there are too many requests; the constraint
+    /// cannot be kept; or the engine has stopped.
     pub fn submit(&self, request: Request) -> Result<TokenStream, Error> {
-        let Request { mut prompt, sampling, max_tokens, end_ids, overflow, .. } = request;
-        let Request { priority, client, deadline, processors, buffer, max_latency, .. } = request;
+        self.submit_compiled(request, |constraint, end_ids| {
+            Grammar::new(&self.handle.vocabulary, constraint, end_ids)
+        })
+    }
+
+    /// Submits a request whose constraint, if it has one, is compiled in this way.
+    fn submit_compiled(
+        &self,
+        request: Request,
+        compile: impl FnOnce(&Constraint, &BTreeSet<u32>) -> Result<Grammar, ConstraintError>,
+    ) -> Result<TokenStream, Error> {
+        let Request { mut prompt, sampling, max_tokens, end_ids, constraint, .. } = request;
+        let Request { priority, client, deadline, processors, buffer, .. } = request;
+        let Request { overflow, max_latency, .. } = request;
         let (context_length, _) = self.handle.limits;
         let prompt_tokens = prompt.len();
         let keep_first = overflow.keep_first();
@@ -501,11 +536,17 @@ impl Engine {
             Some(speculation) => self.speculating(speculation, most_tokens)?,
             None => None,
         };
+        // What may follow a guess is known only once its grammar has taken it in.
+        let speculating = speculating.filter(|_| constraint.is_none());
         let proposals = request.speculation.map_or(0, |speculation| speculation.tokens);
         sampler.reserve(most_tokens, 1 + proposals);
         let ended = |replica: usize| self.handle.replicas[replica].thread.is_finished();
         let place = self.handle.places.enter(ended)?;
         let replica = place.replica();
+        let guide = match &constraint {
+            Some(constraint) => Some(Guide::new(compile(constraint, &end_ids)?)),
+            None => None,
+        };
         let (mut events, stream) =
             TokenStream::new(Arc::clone(self.link(replica)), replica, buffer, max_latency);
         if most_output_tokens == 0 {
@@ -516,6 +557,7 @@ impl Engine {
         let active = Active {
             sampler,
             processors,
+            guide,
             end_ids,
             prompt_tokens,
             dropped_tokens,
@@ -651,11 +693,12 @@ impl Engine {
 
     /// What a file must be like for this engine.
     fn expected(&self) -> Result<Expected, Error> {
-        let Handle { layout, limits: (context_length, _), model, fingerprint, .. } = &*self.handle;
+        let Handle { layout, limits: (context_length, _), model, .. } = &*self.handle;
+        let Handle { fingerprint, vocabulary, .. } = &*self.handle;
         let fingerprint = match fingerprint.get() {
             Some(fingerprint) => *fingerprint,
             None => {
-                let now = conversation::fingerprint(&**model)?;
+                let now = conversation::fingerprint(&**model, Arc::clone(vocabulary))?;
                 *fingerprint.get_or_init(|| now)
             }
         };
@@ -741,6 +784,9 @@ pub(crate) struct Requests {
     /// The KV blocks of the draft model.
     pub(crate) draft_cache: Option<KvCache>,
     statistics: EngineStatistics,
+    masks: MaskWorker,
+    /// Room for the sequences whose masks have come.
+    guided: Vec<usize>,
     /// Lent to one sampler after the other.
     candidates: Candidates,
 }
@@ -867,20 +913,48 @@ impl Requests {
                 self.finish(slot, Err(Error::DeadlineExceeded));
             }
         }
+        let mut guided = std::mem::take(&mut self.guided);
+        for (slot, sequence) in self.scheduler.sequences_mut() {
+            if sequence.request.guide.as_mut().is_some_and(Guide::poll) {
+                guided.push(slot);
+            }
+        }
+        for slot in guided.drain(..) {
+            self.mask_came(slot);
+        }
+        self.guided = guided;
+        // After the tokens that were sampled just now.
         let Self { scheduler, draft_cache, .. } = self;
         let mut now = None;
         for (_, sequence) in scheduler.sequences_mut() {
-            let events = &mut sequence.request.events;
-            if events.is_untold() {
-                events.tell(*now.get_or_insert_with(Instant::now));
-            }
-            sequence.paused = events.is_full();
             let (decodes, waits) = (sequence.decodes(), sequence.blocks().is_empty());
             let (active, tokens) = sequence.parts();
             if waits {
                 active.release_draft(draft_cache);
             }
-            sequence.wish = if decodes { active.wish(tokens) } else { 0 };
+            if active.events.is_untold() {
+                active.events.tell(*now.get_or_insert_with(Instant::now));
+            }
+            let paused = active.events.is_full() || active.has_all_tokens(tokens);
+            let wish = if decodes { active.wish(tokens) } else { 0 };
+            (sequence.paused, sequence.wish) = (paused, wish);
+        }
+    }
+
+    /// Ends a sequence whose mask has come, if it must, or samples from the logits that waited for it.
+    fn mask_came(&mut self, slot: usize) {
+        let sequence = self.scheduler.sequence_mut(slot);
+        let is_computed = sequence.is_computed();
+        let (active, tokens) = sequence.parts();
+        let end = active.end(tokens);
+        let late = active.guide.as_mut().expect("a mask has come").take_late();
+        if let Some(end) = end {
+            self.finish(slot, end);
+        } else if let Some(mut logits) = late
+            // One that gave up its blocks meanwhile computes them anew.
+            && is_computed
+        {
+            self.sample(slot, Logits::All(&mut logits));
         }
     }
 
@@ -939,12 +1013,22 @@ impl Requests {
         }
     }
 
-    /// Gives a sequence its next token, or its end. Returns whether the token was proposed and goes
-    /// on: then the step has the logits after it too.
+    /// Gives a sequence its next token, or its end; lets the logits wait if its mask is not there.
+    /// Returns whether the token was proposed and goes on: then the step has the logits after it too.
     fn sample(&mut self, slot: usize, logits: Logits<'_>) -> bool {
         let sequence = self.scheduler.sequence_mut(slot);
         let usage = usage(sequence);
         let (active, tokens) = sequence.parts();
+        if let (Some(guide), Logits::All(logits)) = (&mut active.guide, &logits) {
+            guide.poll();
+            if guide.grammar().is_none() {
+                guide.keep(logits);
+                return false;
+            }
+        }
+        if let Some(end) = active.end(tokens) {
+            return self.finish(slot, end);
+        }
         active.sampler.swap_candidates(&mut self.candidates);
         let sampled = active.sample(tokens, logits);
         active.sampler.swap_candidates(&mut self.candidates);
@@ -959,6 +1043,8 @@ impl Requests {
         active.events.set_usage(usage);
         active.events.send(Ok(Event::Token(Token { id, logprobs, time: Instant::now() })));
         let last = usage.output_tokens + 1 == active.most_output_tokens;
+        let guided =
+            active.guide.as_mut().map(|guide| guide.advance(id, &mut self.masks)).is_some();
         let accepted = self.scheduler.push(slot, id);
         self.statistics.output_tokens += 1;
         if accepted {
@@ -966,13 +1052,14 @@ impl Requests {
             let active = &mut self.scheduler.sequence_mut(slot).request;
             active.speculating.as_mut().expect("it was proposed").count_accepted();
         }
-        if last {
+        // Whether a constrained output is complete is what its grammar says.
+        if last && !guided {
             return self.finish(slot, Ok(FinishReason::Length));
         }
         let sequence = self.scheduler.sequence_mut(slot);
         let (length, (keep_first, context_length)) =
             (sequence.tokens().len(), sequence.request.context);
-        if length > context_length {
+        if !last && length > context_length {
             let dropped = Overflow::dropped(keep_first, length);
             sequence.request.dropped_tokens += dropped.len();
             self.scheduler.shorten(slot, dropped);
@@ -1018,5 +1105,53 @@ fn usage(sequence: &Sequence<Active>) -> Usage {
         proposed_tokens,
         accepted_tokens,
         dropped_tokens: *dropped_tokens,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::grammar::tests::broken;
+    use crate::model::{Model, ModelOptions};
+    use crate::sampler::SamplingParams;
+
+    #[test]
+    fn a_grammar_that_panics_fails_its_own_request() {
+        let model = Model::open("tiny", &ModelOptions::default()).unwrap();
+        let engine = model.engine(EngineOptions::default()).unwrap();
+        let request = |constraint: Option<&str>| {
+            let mut request = Request::new(vec![1, 2, 3], SamplingParams::default(), 60);
+            request.constraint = constraint.map(|text| Constraint::Regex(text.to_owned()));
+            request
+        };
+        let read = |mut stream: TokenStream| {
+            let mut tokens = 0;
+            loop {
+                match stream.next().expect("an end comes before nothing") {
+                    Ok(Event::Token(_)) => tokens += 1,
+                    Ok(Event::Finished(_)) => return (tokens, None),
+                    Err(error) => return (tokens, Some(error)),
+                }
+            }
+        };
+        let free = engine.submit(request(None)).unwrap();
+        let good = engine.submit(request(Some("[a-z ]{80}"))).unwrap();
+        let compile = |constraint: &Constraint, end_ids: &BTreeSet<u32>| {
+            Grammar::new(&engine.handle.vocabulary, constraint, end_ids).map(broken)
+        };
+        let bad = engine.submit_compiled(request(Some("[a-z ]{80}")), compile).unwrap();
+        let (tokens, error) = read(bad);
+        assert_eq!(tokens, 1, "the first mask was there before");
+        assert!(
+            matches!(error, Some(Error::Constraint(ConstraintError::Broken { .. }))),
+            "{error:?}"
+        );
+        assert!(matches!(read(good), (10..=60, None)));
+        assert!(matches!(read(free), (60, None)));
+        // The worker is there still.
+        let after = engine.submit(request(Some("abc"))).unwrap();
+        assert!(matches!(read(after), (1..=3, None)));
+        let statistics = engine.statistics().unwrap();
+        assert_eq!((statistics.running, statistics.kv.used_blocks), (0, 0));
     }
 }

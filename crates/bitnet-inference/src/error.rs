@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use bitnet_core::budget::human_bytes;
 
 use crate::conversation::ConversationError;
+use crate::grammar::ConstraintError;
 use crate::sampler::{InvalidParameter, SampleError};
 use crate::scheduler::QueueFull;
 use crate::stop::EmptyStopString;
@@ -48,6 +49,9 @@ pub enum Error {
     /// No token could be sampled.
     #[error(transparent)]
     Sample(#[from] SampleError),
+    /// A constraint that cannot be kept.
+    #[error(transparent)]
+    Constraint(#[from] ConstraintError),
     /// Text and token ids.
     #[error(transparent)]
     Tokenizer(#[from] bitnet_model::tokenizer::TokenizerError),
@@ -97,6 +101,9 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The system does not tell what was to be measured.
+    #[error("this system does not tell {0}: leave it out")]
+    NotMeasured(&'static str),
     /// Something was asked of an engine without a model.
     #[error("no model is loaded: call load_model first")]
     NoModel,

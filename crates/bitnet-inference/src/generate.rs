@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bitnet_model::tokenizer::Tokenizer;
 
 use crate::error::Error;
+use crate::grammar::{Constraint, Grammar};
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::Session;
 use crate::transcript::Transcript;
@@ -22,14 +23,16 @@ pub struct GenerateOptions {
     pub stop: Vec<String>,
     /// Token ids that end the generation and are not part of it.
     pub end_ids: BTreeSet<u32>,
+    /// What the text must be.
+    pub constraint: Option<Constraint>,
 }
 
 /// Why a generation ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FinishReason {
-    /// An end token or a stop string.
+    /// An end token, a stop string, or a constraint after which nothing can come.
     Stop,
-    /// The token limit, or the end of the model's context.
+    /// The token limit, or the end of the model's context. A constrained output may be incomplete.
     Length,
     /// Whoever receives the text wanted no more.
     Cancelled,
@@ -97,21 +100,29 @@ pub fn generate(
 ) -> Result<Generation, Error> {
     let mut sampler = Sampler::new(&options.sampling)?;
     let mut transcript = Transcript::new(options.stop.clone())?;
+    let constraint = options.constraint.as_ref();
+    let mut grammar =
+        constraint.map(|constraint| session.grammar(constraint, &options.end_ids)).transpose()?;
+    let is_complete =
+        |grammar: &Option<Grammar>| grammar.as_ref().is_some_and(Grammar::is_complete);
     let mut history = prompt.to_vec();
     let (mut logits, mut candidates) = (Vec::new(), Vec::new());
     let mut generation = Generation::empty();
 
     let start = Instant::now();
-    let selection = sampler.selection(&history, 0);
+    // A mask is looked up in all logits.
+    let selection = if grammar.is_some() { None } else { sampler.selection(&history, 0) };
     let mut selected = session.feed_selected(prompt, selection, &mut candidates, &mut logits)?;
     generation.prompt_time = start.elapsed();
     let start = Instant::now();
-    while generation.tokens.len() < options.max_tokens {
+    while generation.tokens.len() < options.max_tokens && !is_complete(&grammar) {
         let position = generation.tokens.len() as u64;
-        let sampled = if selected {
-            sampler.sample_candidates(&candidates, &history, position)?
-        } else {
-            sampler.sample(&logits, &history, position)?
+        let sampled = match &grammar {
+            Some(grammar) => {
+                sampler.sample_among(&logits, grammar.allowed().ids(), &history, position)?
+            }
+            None if selected => sampler.sample_candidates(&candidates, &history, position)?,
+            None => sampler.sample(&logits, &history, position)?,
         };
         if options.end_ids.contains(&sampled.token) {
             generation.finish_reason = FinishReason::Stop;
@@ -133,18 +144,25 @@ pub fn generate(
             generation.finish_reason = FinishReason::Cancelled;
             break;
         }
+        if let Some(grammar) = &mut grammar {
+            grammar.advance(sampled.token)?;
+        }
         if session.remaining() == 0 {
             break;
         }
-        if generation.tokens.len() < options.max_tokens {
-            let selection = sampler.selection(&history, generation.tokens.len() as u64);
+        if generation.tokens.len() < options.max_tokens && !is_complete(&grammar) {
+            let selection = match grammar {
+                Some(_) => None,
+                None => sampler.selection(&history, generation.tokens.len() as u64),
+            };
             selected =
                 session.feed_selected(&[sampled.token], selection, &mut candidates, &mut logits)?;
         }
     }
     generation.decode_time = start.elapsed();
     let rest = transcript.finish();
-    if transcript.is_stopped() && generation.finish_reason == FinishReason::Length {
+    let stopped = transcript.is_stopped() || is_complete(&grammar);
+    if stopped && generation.finish_reason == FinishReason::Length {
         generation.finish_reason = FinishReason::Stop;
     }
     generation.text.push_str(&rest);

@@ -20,6 +20,7 @@ use crate::builder::{InferenceEngineBuilder, ProcessorFactory};
 use crate::engine::{Engine, EngineStatistics};
 use crate::error::Error;
 use crate::generate::Generation;
+use crate::grammar::Constraint;
 use crate::inference_stream::{InferenceStream, StreamingConfig};
 use crate::model::{Model, cpu_backend};
 use crate::request::{Overflow, Request};
@@ -42,6 +43,8 @@ pub struct GenerationParams {
     pub stop: Vec<String>,
     /// Goes on after the model's own end tokens.
     pub ignore_end: bool,
+    /// What the text must be: see [`Constraint`].
+    pub constraint: Option<Constraint>,
     /// Higher ones come first; 0 is ordinary.
     pub priority: i32,
     /// Whom it is for: clients of the same priority get the same share of the engine.
@@ -49,7 +52,7 @@ pub struct GenerationParams {
     /// Time after which the answer is of no use any more.
     pub time_limit: Option<Duration>,
     /// How the next tokens are guessed, which changes the speed and no token; not at all, unless it
-    /// is said.
+    /// is said, and not with a constraint.
     pub speculation: Option<Speculation>,
     /// What becomes of it when the model's context is full; it ends, unless it is said.
     pub overflow: Overflow,
@@ -62,6 +65,7 @@ impl Default for GenerationParams {
             max_tokens: 128,
             stop: Vec::new(),
             ignore_end: false,
+            constraint: None,
             priority: 0,
             client: 0,
             time_limit: None,
@@ -582,6 +586,7 @@ impl Loaded {
         if !ignore_end {
             request.end_ids.clone_from(&self.model.description().end_ids);
         }
+        request.constraint = params.constraint;
         request.priority = params.priority;
         request.client = params.client;
         request.deadline = params.time_limit.and_then(|limit| Instant::now().checked_add(limit));

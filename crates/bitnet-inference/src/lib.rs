@@ -2,14 +2,17 @@
 #![forbid(unsafe_code)]
 
 pub mod bench;
+pub mod benchmark;
 pub mod builder;
 pub mod conversation;
 pub mod engine;
 pub mod error;
 pub mod generate;
+pub mod grammar;
 pub mod inference_engine;
 pub mod inference_stream;
 mod kv_cache;
+mod masks;
 pub mod model;
 pub mod model_cache;
 pub mod random;
@@ -24,6 +27,7 @@ pub mod stop;
 mod stream;
 mod transcript;
 
+pub use benchmark::{Benchmark, benchmark};
 pub use bitnet_core::backend::KvType;
 pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
@@ -33,6 +37,7 @@ pub use conversation::ConversationError;
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;
 pub use generate::{FinishReason, GenerateOptions, Generation, generate};
+pub use grammar::{Constraint, ConstraintError};
 pub use inference_engine::{Answer, GenerationParams, InferenceEngine, quick_infer, smart_infer};
 pub use inference_stream::{InferenceStream, StreamEvent, StreamingConfig};
 pub use kv_cache::KvStatistics;

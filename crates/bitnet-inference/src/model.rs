@@ -14,6 +14,7 @@ use bitnet_model::weights::{self, LoadOptions, LoadProgress};
 
 use crate::engine::{Engine, EngineOptions};
 use crate::error::Error;
+use crate::grammar::Vocabulary;
 use crate::inference_engine::must_generate;
 use crate::session::{AnyDecoder, Session, SessionOptions};
 
@@ -91,6 +92,7 @@ pub(crate) fn go_on(_: LoadProgress) -> ControlFlow<()> {
 pub struct Model {
     description: Description,
     decoder: Box<dyn AnyDecoder>,
+    vocabulary: Arc<Vocabulary>,
     shortcuts: Shortcuts,
 }
 
@@ -202,10 +204,12 @@ impl Model {
             progress,
         )?;
         if options.load.in_memory {
-            description.tokenizer.unmap()?;
+            let tokenizer = Arc::get_mut(&mut description.tokenizer);
+            tokenizer.expect("nobody shares it before it is loaded").unmap()?;
         }
+        let vocabulary = Vocabulary::new(description.tokenizer.clone(), decoder.vocab_size());
         let decoder = Box::new(Arc::new(decoder));
-        Ok(Model { description, decoder, shortcuts: shortcuts(options)? })
+        Ok(Model { description, decoder, vocabulary, shortcuts: shortcuts(options)? })
     }
 
     /// Everything about the model but its weights.
@@ -272,7 +276,7 @@ impl Model {
 
     /// A new, empty sequence.
     pub fn session(&self, options: SessionOptions) -> Result<Session, Error> {
-        self.decoder.session(options)
+        self.decoder.session(options, self.vocabulary.clone())
     }
 
     /// An engine that runs many requests on this model at once, on threads of its own.
@@ -300,7 +304,8 @@ impl Model {
     /// # Ok::<(), bitnet_inference::Error>(())
     /// ```
     pub fn engine(&self, options: EngineOptions) -> Result<Engine, Error> {
-        Engine::start(&*self.decoder, None, options, self.shortcuts)
+        let vocabulary = self.vocabulary.clone();
+        Engine::start(&*self.decoder, None, options, self.shortcuts, vocabulary)
     }
 
     /// An engine as [`engine`](Model::engine) gives it, in which a smaller model guesses for requests that
@@ -320,7 +325,8 @@ impl Model {
             let (draft, model) = (path(draft), path(self));
             return Err(Error::DraftVocabulary { draft, model, difference });
         }
-        Engine::start(&*self.decoder, Some(&*draft.decoder), options, self.shortcuts)
+        let (draft, vocabulary) = (Some(&*draft.decoder), self.vocabulary.clone());
+        Engine::start(&*self.decoder, draft, options, self.shortcuts, vocabulary)
     }
 
     /// The first difference between the vocabularies of this model and another.

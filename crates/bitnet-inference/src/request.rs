@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use crate::generate::{FinishReason, TokenLogprobs};
+use crate::grammar::Constraint;
 use crate::sampler::SamplingParams;
 use crate::speculation::Speculation;
 
@@ -88,6 +89,31 @@ pub struct Request {
     pub max_tokens: usize,
     /// Token ids that end the generation and are not part of it.
     pub end_ids: BTreeSet<u32>,
+    /// What the output must be. [`Engine::submit`](crate::Engine::submit) compiles it, which takes
+    /// about a millisecond and, for a large schema, up to seconds.
+    ///
+    /// ```
+    /// use bitnet_inference::{
+    ///     Constraint, EngineOptions, Event, Model, ModelOptions, Request, SamplingParams,
+    /// };
+    ///
+    /// let model = Model::open("tiny", &ModelOptions::default())?;
+    /// let engine = model.engine(EngineOptions::default())?;
+    /// let mut request = Request::new(vec![1, 2, 3], SamplingParams::default(), 50);
+    /// request.end_ids = model.description().end_ids.clone();
+    /// request.constraint = Some(Constraint::Regex("(Tom|Lily) and (Max|Sue)".to_owned()));
+    /// let mut stream = engine.submit(request)?;
+    /// let mut tokens = Vec::new();
+    /// while let Some(event) = stream.next() {
+    ///     if let Event::Token(token) = event? {
+    ///         tokens.push(token.id);
+    ///     }
+    /// }
+    /// let text = model.tokenizer().decode(&tokens, true).unwrap();
+    /// assert!(["Tom and Max", "Tom and Sue", "Lily and Max", "Lily and Sue"].contains(&&*text));
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub constraint: Option<Constraint>,
     /// Higher ones come first; 0 is ordinary.
     pub priority: i32,
     /// Whom the request is from: clients of the same priority get the same share of the engine.
@@ -100,7 +126,7 @@ pub struct Request {
     /// as many as can come.
     pub buffer: usize,
     /// How the next tokens are guessed, which makes the request faster or slower and changes no
-    /// token; `None`: not at all.
+    /// token; `None`: not at all, as with a constraint.
     pub speculation: Option<Speculation>,
     /// What becomes of it when the model's context is full.
     pub overflow: Overflow,
@@ -119,6 +145,7 @@ impl Request {
             sampling,
             max_tokens,
             end_ids: BTreeSet::new(),
+            constraint: None,
             priority: 0,
             client: 0,
             deadline: None,
@@ -138,6 +165,7 @@ impl fmt::Debug for Request {
             .field("sampling", &self.sampling)
             .field("max_tokens", &self.max_tokens)
             .field("end_ids", &self.end_ids)
+            .field("constraint", &self.constraint)
             .field("priority", &self.priority)
             .field("client", &self.client)
             .field("deadline", &self.deadline)

@@ -247,6 +247,29 @@ impl Sampler {
         output_position: u64,
     ) -> Result<Sampled, SampleError> {
         let token = self.choose(logits, history, output_position)?;
+        self.report(token, logits)
+    }
+
+    /// As [`sample`](Sampler::sample), from some tokens of the vocabulary alone: what is not `allowed`
+    /// does not exist for any filter. `allowed` has each token at most once. Log-probabilities are
+    /// those of the whole vocabulary.
+    ///
+    /// # Errors
+    /// As [`sample`](Sampler::sample), of the allowed tokens.
+    pub(crate) fn sample_among(
+        &mut self,
+        logits: &[f32],
+        allowed: impl Iterator<Item = u32>,
+        history: &[u32],
+        output_position: u64,
+    ) -> Result<Sampled, SampleError> {
+        self.candidates.set_some(logits, allowed)?;
+        let token = self.pick(history, output_position)?;
+        self.report(token, logits)
+    }
+
+    /// A token with its log-probabilities, if they are asked for.
+    fn report(&mut self, token: u32, logits: &[f32]) -> Result<Sampled, SampleError> {
         let Some(count) = self.logprobs else {
             return Ok(Sampled { token, logprob: None, top_logprobs: Vec::new() });
         };
@@ -402,5 +425,38 @@ mod tests {
         ];
         assert_eq!(each, [vec![6, 7, 50], vec![5, 6, 50], vec![4, 5, 50]]);
         assert_eq!(exact_ids(3, &history, 4), [4, 5, 6, 7, 50]);
+    }
+
+    #[test]
+    fn a_mask_is_minus_infinity_before_every_filter() {
+        let neutral = SamplingParams::default();
+        let ways = [
+            neutral.clone(),
+            SamplingParams { temperature: 1.5, ..neutral.clone() },
+            SamplingParams { temperature: 0.8, top_k: 5, top_p: 0.9, ..neutral.clone() },
+            SamplingParams { temperature: 1.2, min_p: 0.05, ..neutral.clone() },
+            SamplingParams { temperature: 1.0, typical_p: 0.7, ..neutral.clone() },
+            SamplingParams { repetition_penalty: 1.4, presence_penalty: 0.3, ..neutral.clone() },
+            SamplingParams { logit_bias: vec![(3, 9.0), (8, -9.0)], logprobs: Some(2), ..neutral },
+        ];
+        for (seed, params) in (0..500).flat_map(|seed| ways.iter().map(move |way| (seed, way))) {
+            let mut sampler = Sampler::new(&SamplingParams { seed, ..params.clone() }).unwrap();
+            let uniform = |position| random::uniform(seed, position, 1);
+            let logits: Vec<f32> = (0..60).map(|id| uniform(id) as f32 * 8.0 - 4.0).collect();
+            let share = uniform(1000);
+            let allowed: Vec<u32> =
+                (0..60).filter(|&id| id == 17 || uniform(100 + u64::from(id)) < share).collect();
+            let mut masked = logits.clone();
+            for id in (0..60).filter(|id| !allowed.contains(id)) {
+                masked[id as usize] = f32::NEG_INFINITY;
+            }
+            let history = [3, 4, 17, 8, 17];
+            let among =
+                sampler.sample_among(&logits, allowed.iter().copied(), &history, 2).unwrap();
+            let expected = sampler.sample(&masked, &history, 2).unwrap();
+            assert_eq!(among.token, expected.token, "seed {seed}, {params:?}");
+            let whole = sampler.sample(&logits, &history, 2).unwrap();
+            assert_eq!(among.top_logprobs, whole.top_logprobs);
+        }
     }
 }

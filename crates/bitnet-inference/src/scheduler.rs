@@ -482,8 +482,8 @@ impl<R> Scheduler<R> {
         &self.copies
     }
 
-    /// Puts the next step together. It is empty only if every sequence is paused or waits for blocks
-    /// that no sequence has.
+    /// Puts the next step together. It is empty only if every sequence is paused, computed and without
+    /// a new token yet, or waits for blocks that no sequence has.
     pub(crate) fn schedule(&mut self) {
         self.batch.clear();
         self.copies.clear();

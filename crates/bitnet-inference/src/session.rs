@@ -1,5 +1,6 @@
 //! One sequence with its own keys and values: the bare decoder behind a trivial block table.
 
+use std::collections::BTreeSet;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -9,6 +10,7 @@ use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 
 use crate::error::Error;
+use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary};
 use crate::runner::{DecoderRunner, Room, Runner};
 use crate::sampler::{Candidate, Selection};
 
@@ -48,7 +50,11 @@ pub(crate) trait AnyDecoder: Send + Sync {
     fn profile(&self) -> Vec<OperationProfile>;
     fn weight_bytes(&self) -> WeightBytes;
     fn stages(&self) -> &[Range<usize>];
-    fn session(&self, options: SessionOptions) -> Result<Session, Error>;
+    fn session(
+        &self,
+        options: SessionOptions,
+        vocabulary: Arc<Vocabulary>,
+    ) -> Result<Session, Error>;
     /// Runs many sequences. Replicas after the first, number 0, have threads of their own.
     fn runner(&self, room: Room, replica: usize) -> Result<Box<dyn Runner>, Error>;
 }
@@ -87,7 +93,11 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
         OperationProfile::merged(self.backends().iter().flat_map(B::profile))
     }
 
-    fn session(&self, options: SessionOptions) -> Result<Session, Error> {
+    fn session(
+        &self,
+        options: SessionOptions,
+        vocabulary: Arc<Vocabulary>,
+    ) -> Result<Session, Error> {
         let chunk = options.chunk.clamp(1, self.config().context_length);
         let layout = self.kv_layout(options.kv_type, BLOCK_TOKENS);
         let sequence = Sequence {
@@ -100,7 +110,7 @@ impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
             blocks: Vec::new(),
             length: 0,
         };
-        Ok(Session { sequence: Box::new(sequence) })
+        Ok(Session { sequence: Box::new(sequence), vocabulary })
     }
 
     fn runner(&self, room: Room, replica: usize) -> Result<Box<dyn Runner>, Error> {
@@ -135,6 +145,7 @@ pub(crate) fn check_tokens(
 /// One sequence being read and written.
 pub struct Session {
     sequence: Box<dyn AnySequence>,
+    vocabulary: Arc<Vocabulary>,
 }
 
 trait AnySequence: Send {
@@ -262,6 +273,15 @@ impl Session {
     pub fn remaining(&self) -> usize {
         let (context_length, _) = self.sequence.decoder_limits();
         context_length - self.length()
+    }
+
+    /// A constraint for outputs of the model, which any of these ids ends.
+    pub(crate) fn grammar(
+        &self,
+        constraint: &Constraint,
+        end_ids: &BTreeSet<u32>,
+    ) -> Result<Grammar, ConstraintError> {
+        Grammar::new(&self.vocabulary, constraint, end_ids)
     }
 
     fn check(&self, tokens: &[u32]) -> Result<(), Error> {

@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use bitnet_core::Shortcuts;
 use bitnet_inference::sampler::Sampler;
 use bitnet_inference::{
-    Device, Engine, EngineOptions, EngineStatistics, Error, Event, Finish, FinishReason,
-    GenerateOptions, Generation, LogitsProcessor, Model, ModelOptions, Overflow, Proposer, Request,
-    SamplingParams, SchedulerPolicy, SessionOptions, Speculation, TokenStream, Usage, generate,
+    Constraint, Device, Engine, EngineOptions, EngineStatistics, Error, Event, Finish,
+    FinishReason, GenerateOptions, Generation, LogitsProcessor, Model, ModelOptions, Overflow,
+    Proposer, Request, SamplingParams, SchedulerPolicy, SessionOptions, Speculation, TokenStream,
+    Usage, generate,
 };
 use bitnet_testing::{Random, altered_tiny_model, golden};
 
@@ -52,20 +53,29 @@ fn options(max_tokens: usize) -> GenerateOptions {
         max_tokens,
         stop: Vec::new(),
         end_ids: BTreeSet::new(),
+        constraint: None,
     }
 }
 
 /// A request for what [`alone`] gives.
 fn request(prompt: &[u32], options: &GenerateOptions) -> Request {
-    let GenerateOptions { sampling, max_tokens, end_ids, stop } = options.clone();
+    let GenerateOptions { sampling, max_tokens, end_ids, stop, constraint } = options.clone();
     assert!(stop.is_empty(), "without text there are no stop strings");
-    Request { end_ids, ..Request::new(prompt.to_vec(), sampling, max_tokens) }
+    Request { end_ids, constraint, ..Request::new(prompt.to_vec(), sampling, max_tokens) }
 }
 
 fn alone(model: &Model, prompt: &[u32], options: &GenerateOptions) -> Generation {
+    try_alone(model, prompt, options).unwrap()
+}
+
+fn try_alone(
+    model: &Model,
+    prompt: &[u32],
+    options: &GenerateOptions,
+) -> Result<Generation, Error> {
     let mut session = model.session(SessionOptions::default()).unwrap();
     let show = |_: &str| ControlFlow::Continue(());
-    generate(&mut session, model.tokenizer(), prompt, options, show).unwrap()
+    generate(&mut session, model.tokenizer(), prompt, options, show)
 }
 
 /// A KV budget for so many tokens of the built-in model, in blocks of 16.
@@ -100,6 +110,16 @@ fn sampling(random: &mut Random) -> SamplingParams {
         4 => SamplingParams { temperature: 0.7, logprobs: Some(2), ..neutral },
         5 => SamplingParams { logit_bias: vec![(3, 2.0), (9, f32::NEG_INFINITY)], ..neutral },
         _ => neutral,
+    }
+}
+
+/// Nothing, or one of a few constraints.
+fn constraint(random: &mut Random) -> Option<Constraint> {
+    match random.below(8) {
+        0 => Some(Constraint::JsonObject),
+        1 => Some(Constraint::Regex("[A-Z][a-z]{1,9}( [a-z]{1,9}){2,12}[.!]".to_owned())),
+        2 => Some(Constraint::Lark("start: \"(\" (start | /[a-z]+/)~1..3 \")\"".to_owned())),
+        _ => None,
     }
 }
 
@@ -138,7 +158,7 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
             match random.below(8) {
                 // A prompt that others begin with, in whole blocks.
                 0 => prompt = prefixes[0][..prefixes[0].len() / 16 * 16].to_vec(),
-                1 => prompt = repetitive[..1 + random.below(repetitive.len())].to_vec(),
+                1..=3 => prompt = repetitive[..1 + random.below(repetitive.len())].to_vec(),
                 _ => prompt.resize_with(length, || random.below(vocab_size) as u32),
             }
             let end_ids = match random.below(2) {
@@ -147,10 +167,17 @@ fn cases(model: &Model, count: usize, random: &mut Random) -> Vec<Case> {
                 _ => (0..60).map(|_| random.below(vocab_size) as u32).collect(),
             };
             let max_tokens = 1 + random.below(40);
-            let options =
-                GenerateOptions { sampling: sampling(random), max_tokens, stop: vec![], end_ids };
+            let sampling = sampling(random);
             let cancel_after = (random.below(6) == 0).then(|| random.below(max_tokens));
-            let expected = alone(model, &prompt, &options);
+            let constraint = constraint(random);
+            let mut options =
+                GenerateOptions { sampling, max_tokens, stop: vec![], end_ids, constraint };
+            let expected = try_alone(model, &prompt, &options).unwrap_or_else(|error| {
+                // What the constraint needs can be an end token here.
+                assert!(matches!(error, Error::Constraint(_)), "{error}");
+                options.constraint = None;
+                alone(model, &prompt, &options)
+            });
             Case {
                 prompt,
                 options,
@@ -190,6 +217,7 @@ fn check(case: &Case, mut stream: TokenStream) -> Option<Usage> {
                 assert_eq!(usage.prompt_tokens, case.prompt.len());
                 assert_eq!(usage.output_tokens, read);
                 assert!(usage.accepted_tokens <= usage.proposed_tokens.min(read), "{usage:?}");
+                assert!(usage.proposed_tokens == 0 || case.options.constraint.is_none());
                 return Some(usage);
             }
         }
@@ -253,6 +281,8 @@ fn random_requests_get_the_tokens_they_get_alone() {
     let cases = two_hundred_cases();
     let reasons: Vec<FinishReason> = cases.iter().map(|c| c.expected.finish_reason).collect();
     assert!(reasons.contains(&FinishReason::Stop) && reasons.contains(&FinishReason::Length));
+    let constrained = cases.iter().filter(|case| case.options.constraint.is_some()).count();
+    assert!(constrained > 40, "{constrained}");
     for (threads, replicas, stages) in [(1, 1, 1), (2, 1, 1), (1, 3, 1), (1, 1, 2), (2, 2, 3)] {
         for prefix_reuse in [false, true] {
             let shortcuts = Shortcuts { prefix: prefix_reuse, ..Shortcuts::ALL };
@@ -476,6 +506,23 @@ fn without_the_shortcut_nothing_is_guessed() {
         assert_eq!(tokens, alone(&model, &[1, 2, 3], &options(60)).tokens);
         assert_eq!(finish.usage.proposed_tokens, 0);
     }
+}
+
+#[test]
+fn nothing_is_guessed_for_a_constrained_request() {
+    let model = tiny(1);
+    let engine = model.engine_with_draft(&tiny(1), EngineOptions::default()).unwrap();
+    let constraint = Some(Constraint::Regex("(and then ){20}".to_owned()));
+    let options = GenerateOptions { constraint, ..options(60) };
+    let expected = alone(&model, &[1, 2, 3], &options).tokens;
+    for speculation in [Speculation::prompt_lookup(), Speculation::draft_model()] {
+        let (tokens, finish) = guessed(&engine, &[1, 2, 3], &options, speculation);
+        assert_eq!(tokens, expected);
+        assert_eq!(finish.usage.proposed_tokens, 0);
+    }
+    let mut request = request(&[1, 2, 3], &options);
+    request.speculation = Some(Speculation { tokens: 0, ..Speculation::prompt_lookup() });
+    assert!(matches!(engine.submit(request).err(), Some(Error::Parameter(_))));
 }
 
 #[test]
@@ -853,7 +900,7 @@ fn sliding(
             }
             Some(session) => session.feed(&tokens[tokens.len() - 1..], &mut logits).unwrap(),
         }
-        let sampled = sampler.sample(&mut logits, &tokens, output.len() as u64).unwrap();
+        let sampled = sampler.sample(&logits, &tokens, output.len() as u64).unwrap();
         tokens.push(sampled.token);
         output.push(sampled.token);
     }

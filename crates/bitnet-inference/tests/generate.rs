@@ -15,6 +15,7 @@ fn greedy(model: &Model, prompt: &[u32], max_tokens: usize, stop: &[&str]) -> Ge
         max_tokens,
         stop: stop.iter().map(|s| s.to_string()).collect(),
         end_ids: BTreeSet::new(),
+        constraint: None,
     };
     let mut session = model.session(SessionOptions::default()).unwrap();
     let mut shown = String::new();

@@ -36,6 +36,7 @@ fn alone(model: &Model, prompt: &[u32], params: &GenerationParams) -> Generation
             true => Default::default(),
             false => model.description().end_ids.clone(),
         },
+        constraint: params.constraint.clone(),
     };
     let mut session = model.session(SessionOptions::default()).unwrap();
     let show = |_: &str| ControlFlow::Continue(());

@@ -38,6 +38,7 @@ fn session_tokens(model: &Model) -> Vec<u32> {
         max_tokens: 30,
         stop: Vec::new(),
         end_ids: model.description().end_ids.clone(),
+        constraint: None,
     };
     let mut session = model.session(SessionOptions::default()).unwrap();
     let show = |_: &str| ControlFlow::Continue(());

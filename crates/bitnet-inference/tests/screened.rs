@@ -67,6 +67,7 @@ fn tokens_are_the_same_with_and_without_the_screen() {
                 max_tokens: 24,
                 stop: Vec::new(),
                 end_ids: Default::default(),
+                constraint: None,
             };
             let tokens = |model: &Model| {
                 let mut session = model.session(SessionOptions::default()).unwrap();

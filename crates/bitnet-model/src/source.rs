@@ -4,6 +4,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bitnet_core::mmap::map_file;
 use bytes::Bytes;
@@ -29,8 +30,8 @@ pub struct Description {
     pub format: &'static str,
     /// Shape and rules of the decoder.
     pub config: ModelConfig,
-    /// Text to tokens and back.
-    pub tokenizer: Tokenizer,
+    /// Text to tokens and back; shared with whatever outlives the description.
+    pub tokenizer: Arc<Tokenizer>,
     /// The chat template, if there is one.
     pub template: Option<ChatTemplate>,
     /// Ids that end a text or a turn.
@@ -255,7 +256,7 @@ pub fn describe_gguf(file: GgufFile, path: &Path) -> Result<Checkpoint, Error> {
         .map(ChatTemplate::new)
         .transpose()
         .map_err(|error| Error::file(path, error))?;
-    let path = path.to_owned();
+    let (path, tokenizer) = (path.to_owned(), Arc::new(tokenizer));
     let format = "GGUF";
     let description = Description { path, format, config, tokenizer, template, end_ids, notes };
     Ok(Checkpoint { description, tensors })
@@ -346,7 +347,7 @@ pub fn describe(
         );
     }
     let end_ids = tokenizer.end_ids(&named).into_iter().collect();
-    let path = files.path.to_owned();
+    let (path, tokenizer) = (files.path.to_owned(), Arc::new(tokenizer));
     let description = Description { path, format, config, tokenizer, template, end_ids, notes };
     Ok(Checkpoint { description, tensors })
 }

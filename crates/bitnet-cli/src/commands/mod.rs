@@ -1,6 +1,7 @@
 //! The commands, one file each: from what was typed to what is printed.
 
 mod bench;
+mod completions;
 mod convert;
 mod detokenize;
 mod devices;
@@ -8,6 +9,7 @@ mod doctor;
 mod embed;
 mod info;
 mod logits;
+mod man;
 mod profile;
 mod run;
 mod tokenize;
@@ -55,6 +57,8 @@ pub fn run(command: Command, messages: &Messages) -> Result<()> {
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
         Command::Bench(args) => bench::run(args, messages),
+        Command::Completions(args) => completions::run(args),
+        Command::Man(args) => man::run(args, messages),
     }
 }
 

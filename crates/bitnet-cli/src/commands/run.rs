@@ -2,13 +2,15 @@
 
 use std::collections::BTreeSet;
 use std::ops::ControlFlow;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use bitnet_core::machine::physical_cores;
 use bitnet_cpu::ceilings::Ceilings;
 use bitnet_inference::generate::TokenLogprobs;
 use bitnet_inference::{
-    GenerateOptions, Generation, Model, ModelOptions, SamplingParams, generate,
+    Constraint, FinishReason, GenerateOptions, Generation, Model, ModelOptions, SamplingParams,
+    generate,
 };
 use bitnet_model::chat::Message;
 use bitnet_model::tokenizer::Special;
@@ -16,7 +18,7 @@ use serde::Serialize;
 
 use super::WrongUsage;
 use super::profile::Profile;
-use crate::args::{RunArgs, SamplingArgs};
+use crate::args::{ConstraintArgs, RunArgs, SamplingArgs};
 use crate::output::{self, Messages, number};
 
 /// What is to be continued.
@@ -32,6 +34,7 @@ enum Prompt {
 pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
     let sampling = sampling_params(&args.sampling)?;
     let prompt = prompt(&args)?;
+    let constraint = constraint(&args.constraint)?;
     let options = ModelOptions { profile: args.profile, ..super::model_options(&args.model) };
     let model = super::load_generator(&args.model.name.model, &options, messages)?;
     if let Some((id, _)) =
@@ -47,8 +50,13 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
         true => BTreeSet::new(),
         false => model.description().end_ids.clone(),
     };
-    let options =
-        GenerateOptions { sampling, max_tokens: args.max_tokens, stop: args.stop, end_ids };
+    let options = GenerateOptions {
+        sampling,
+        max_tokens: args.max_tokens,
+        stop: args.stop,
+        end_ids,
+        constraint,
+    };
 
     let mut session = model.session(super::session_options(args.kv_type))?;
     // Printed with the first text after it: a prompt that the model refuses is not half a result.
@@ -97,11 +105,21 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
     } else if let Some(profile) = profile {
         messages.report(&profile.table());
     }
+    if options.constraint.is_some() && generation.finish_reason == FinishReason::Length {
+        messages.note("the output is cut off and may not be what the constraint asks: raise -n");
+    }
     messages.summary(&summary);
     Ok(())
 }
 
 fn prompt(args: &RunArgs) -> Result<Prompt> {
+    let stdin = Some(Path::new("-"));
+    let schema = args.constraint.json_schema.as_deref().map(Path::new);
+    let constraint = args.constraint.grammar.as_deref().or(schema);
+    if args.file.as_deref() == stdin && constraint == stdin {
+        let sentence = "stdin cannot be both the prompt and the constraint: put one into a file";
+        return Err(WrongUsage(sentence.into()).into());
+    }
     if let Some(tokens) = &args.tokens {
         return Ok(Prompt::Tokens(tokens.clone()));
     }
@@ -118,6 +136,19 @@ fn prompt(args: &RunArgs) -> Result<Prompt> {
     Ok(match args.chat {
         true => Prompt::Chat { system: args.system.clone(), user: text },
         false => Prompt::Raw(text),
+    })
+}
+
+fn constraint(args: &ConstraintArgs) -> Result<Option<Constraint>> {
+    let ConstraintArgs { json_schema, regex, grammar } = args;
+    Ok(match (json_schema, regex, grammar) {
+        (Some(schema), ..) if schema.trim_start().starts_with('{') => {
+            Some(Constraint::JsonSchema(schema.clone()))
+        }
+        (Some(file), ..) => Some(Constraint::JsonSchema(super::read_text(Path::new(file))?)),
+        (_, Some(regex), _) => Some(Constraint::Regex(regex.clone())),
+        (.., Some(file)) => Some(Constraint::Lark(super::read_text(file)?)),
+        (None, None, None) => None,
     })
 }
 

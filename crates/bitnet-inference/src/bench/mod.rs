@@ -4,6 +4,7 @@
 //! that is already filled. [`Bench::run`] does it once unmeasured and then as often as asked, and
 //! counts the multiply-adds and the bytes of the very steps it took.
 
+mod operations;
 mod work;
 
 use std::path::PathBuf;
@@ -24,6 +25,7 @@ use crate::model::{ModelOptions, cpu_backend};
 use crate::sampler::{Sampler, SamplingParams};
 use crate::session::{BLOCK_TOKENS, DEFAULT_CHUNK};
 
+pub use operations::{Operation, OperationMeasurement, instruction_set};
 use work::PlannedStep;
 pub use work::{Costs, Kind, Savings, Test, Work};
 

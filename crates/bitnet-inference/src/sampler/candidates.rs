@@ -89,6 +89,23 @@ impl Candidates {
         self.check()
     }
 
+    /// Starts from tokens of the vocabulary, each at most once, with their logits in
+    /// `logits: [vocabulary]`.
+    ///
+    /// # Errors
+    /// As [`set_candidates`](Candidates::set_candidates).
+    pub(super) fn set_some(
+        &mut self,
+        logits: &[f32],
+        ids: impl Iterator<Item = u32>,
+    ) -> Result<(), SampleError> {
+        self.weights.clear();
+        self.entries.clear();
+        self.entries.extend(ids.map(|id| Candidate { id, logit: logits[id as usize] }));
+        self.order = Order::Unknown;
+        self.check()
+    }
+
     fn check(&self) -> Result<(), SampleError> {
         if self.entries.is_empty() {
             return Err(SampleError::NoLogits);

@@ -9,6 +9,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use bitnet_core::backend::{Activation, ActivationPrecision};
 use bitnet_core::mmap::map_file;
@@ -166,7 +167,7 @@ pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Checkpoint, Error> {
         path: path.to_owned(),
         format: "native",
         config,
-        tokenizer,
+        tokenizer: Arc::new(tokenizer),
         template,
         end_ids: model.end_ids,
         notes: model.notes,

@@ -1,5 +1,8 @@
 //! `bitnet bench`: how fast a model reads and writes on this machine.
 
+mod grade;
+mod operations;
+
 use std::fmt::Write as _;
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -11,12 +14,18 @@ use bitnet_inference::bench::{Bench, Kind, Measurement, Test, Weights};
 use bitnet_model::shapes::Shape;
 use serde::Serialize;
 
-use super::WrongUsage;
+use super::{WrongUsage, session_options};
 use crate::args::{BenchArgs, BenchFormat};
 use crate::output::{self, Messages, number, percent};
 
 pub fn run(args: BenchArgs, messages: &Messages) -> Result<()> {
-    let options = super::session_options(args.kv_type);
+    if args.ops {
+        return operations::run(&args, messages);
+    }
+    if args.grade {
+        return grade::run(&args, messages);
+    }
+    let options = session_options(args.kv_type);
     let weights = match &args.shape {
         None => Weights::of_model(&args.model.model)?,
         Some(name) => {
@@ -185,6 +194,17 @@ impl MachineFacts {
             date: date(seconds),
         }
     }
+
+    /// For people.
+    fn lines(&self) -> [String; 2] {
+        let MachineFacts { cpu, cores, instruction_set, memory_bytes, os, version, date } = self;
+        let memory = memory_bytes.map_or("unknown memory".to_owned(), human_bytes);
+        let plural = if *cores == 1 { "" } else { "s" };
+        [
+            format!("{cpu}, {cores} core{plural}, {memory}, {os}"),
+            format!("bitnet {version}, {instruction_set}, {date}"),
+        ]
+    }
 }
 
 /// The date in UTC of a time in seconds since 1970.
@@ -308,23 +328,16 @@ fn mega(value: f64) -> String {
 impl Report {
     /// What stands above the rows, a line each.
     fn facts(&self) -> Vec<String> {
-        let MachineFacts { cpu, cores, instruction_set, memory_bytes, os, version, date } =
-            &self.machine;
-        let memory = memory_bytes.map_or("unknown memory".to_owned(), human_bytes);
-        let plural = if *cores == 1 { "" } else { "s" };
         let model = &self.model;
-        let mut lines = vec![
-            format!("{cpu}, {cores} core{plural}, {memory}, {os}"),
-            format!("bitnet {version}, {instruction_set}, {date}"),
-            format!(
-                "{}{}: {} M ternary weights, head {}, KV {}",
-                model.name,
-                if model.random_weights { " (random weights)" } else { "" },
-                mega(model.ternary_weights as f64),
-                human_bytes(model.head_bytes),
-                model.kv_type,
-            ),
-        ];
+        let mut lines = self.machine.lines().to_vec();
+        lines.push(format!(
+            "{}{}: {} M ternary weights, head {}, KV {}",
+            model.name,
+            if model.random_weights { " (random weights)" } else { "" },
+            mega(model.ternary_weights as f64),
+            human_bytes(model.head_bytes),
+            model.kv_type,
+        ));
         if let Some(measured) = model.gate_sparsity {
             let asked = match model.gate_sparsity_asked {
                 None => String::new(),
