@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::Duration;
 
 use bitnet_core::backend::KvType;
 use bitnet_core::machine::physical_cores;
@@ -13,6 +14,7 @@ use crate::error::Error;
 use crate::inference_engine::InferenceEngine;
 use crate::model::{ModelOptions, device_reason};
 use crate::request::LogitsProcessor;
+use crate::scheduler::SchedulerPolicy;
 
 /// An amount of memory, in powers of 1000.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -184,6 +186,31 @@ impl InferenceEngineBuilder {
     /// Most tokens per step, or one for each request if that is more: with fewer, a long prompt delays others less and takes longer itself.
     pub fn step_tokens(mut self, tokens: usize) -> Self {
         self.options.step_tokens = tokens;
+        self
+    }
+
+    /// How long a step is to take in which prompts are read while others write: those wait for it. Prompts
+    /// get fewer tokens of such a step when steps take longer, and more again when they do not. Unless
+    /// it is said, they get what is left of [`step_tokens`](InferenceEngineBuilder::step_tokens).
+    ///
+    /// ```
+    /// use std::time::Duration;
+    /// use bitnet_inference::{InferenceEngine, SchedulerPolicy};
+    ///
+    /// let engine = InferenceEngine::builder()
+    ///     .target_step_time(Duration::from_millis(50))
+    ///     .scheduler_policy(SchedulerPolicy::Fifo)
+    ///     .build()?;
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn target_step_time(mut self, time: Duration) -> Self {
+        self.options.target_step_time = Some(time);
+        self
+    }
+
+    /// Who comes first among waiting requests of the same priority.
+    pub fn scheduler_policy(mut self, policy: SchedulerPolicy) -> Self {
+        self.options.policy = policy;
         self
     }
 

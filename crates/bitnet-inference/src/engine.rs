@@ -13,29 +13,36 @@
 
 use std::collections::BTreeSet;
 use std::iter::{self, Sum};
+use std::mem;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::Arc;
+use std::path::Path;
 use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
-use std::thread::{self, JoinHandle};
-use std::time::Instant;
+use std::sync::{Arc, OnceLock};
+use std::thread::{self, JoinHandle, Thread};
+use std::time::{Duration, Instant};
 
-use bitnet_core::backend::KvType;
+use bitnet_core::backend::{KvLayout, KvType};
 use bitnet_core::{Error as CoreError, Shortcuts};
 
+use crate::conversation::{self, ConversationError, Expected};
 use crate::error::Error;
 use crate::generate::{FinishReason, TokenLogprobs};
 use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary, panic_message};
-use crate::kv_cache::{KvCache, KvStatistics};
+use crate::kv_cache::{BlockTable, KvCache, KvStatistics};
 use crate::masks::{Guide, MaskWorker};
-use crate::request::{Event, Finish, LogitsProcessor, Request, Token, Usage};
+use crate::request::{Event, Finish, LogitsProcessor, Overflow, Request, Token, Usage};
 use crate::runner::{Part, Room, Runner};
 use crate::sampler::{
-    Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, Selection,
+    Candidate, Candidates, InvalidParameter, SampleError, Sampled, Sampler, SamplingParams,
+    Selection,
 };
-use crate::scheduler::{Limits, Place, Places, Scheduler, Sequence, Standing, Work};
+use crate::scheduler::{
+    Limits, Place, Places, Scheduler, SchedulerPolicy, Sequence, Standing, Work,
+};
 use crate::session::{AnyDecoder, DEFAULT_CHUNK, check_tokens};
 use crate::speculation::draft::{Draft, DraftTable};
 use crate::speculation::{Proposer, Source, Speculating, Speculation};
+use crate::step_time::PromptShare;
 use crate::stream::{EventSender, TokenStream};
 use crate::telemetry::{self, Outcome, RequestMetrics, RequestTelemetry, StepMetrics};
 
@@ -58,6 +65,11 @@ pub struct EngineOptions {
     pub kv_type: KvType,
     /// Tokens per KV block: prefixes are shared in whole blocks.
     pub block_tokens: usize,
+    /// Who comes first among waiting requests of the same priority.
+    pub policy: SchedulerPolicy,
+    /// How long a step is to take in which prompts are read while others write; the tokens that prompts
+    /// get follow from what steps have taken. `None`: they get what is left of `step_tokens`.
+    pub target_step_time: Option<Duration>,
 }
 
 impl Default for EngineOptions {
@@ -70,6 +82,8 @@ impl Default for EngineOptions {
             kv_bytes: 2_000_000_000,
             kv_type: KvType::F32,
             block_tokens: 16,
+            policy: SchedulerPolicy::default(),
+            target_step_time: None,
         }
     }
 }
@@ -139,7 +153,7 @@ impl Sum for EngineStatistics {
 }
 
 /// Runs requests on one model. Clones share the same engine; its threads end with the last of them
-/// and of their streams.
+/// and of their streams. The last clone waits for them if no stream is left; a stream never does.
 #[derive(Clone)]
 pub struct Engine {
     handle: Arc<Handle>,
@@ -152,8 +166,13 @@ struct Handle {
     limits: (usize, usize),
     /// Tokens whose keys and values fit the budget of one replica.
     kv_tokens: usize,
-    /// Tokens per KV block.
-    block_tokens: usize,
+    /// The keys and values.
+    layout: KvLayout,
+    /// Whether they are found again.
+    prefixes: bool,
+    model: Box<dyn AnyDecoder>,
+    /// What tells the model from others, once somebody needs it.
+    fingerprint: OnceLock<[u8; 32]>,
     /// Length of the draft model's context, if there is one.
     draft_context: Option<usize>,
     /// Whether requests get the speculation that they ask for.
@@ -164,14 +183,98 @@ struct Handle {
 
 /// One of the engine's step loops.
 struct Replica {
+    /// `None` once the engine is gone.
+    link: Option<Arc<Link>>,
+    thread: JoinHandle<()>,
+}
+
+/// What keeps a step loop running: the engine has one of it, and so has each stream. When the last is
+/// dropped, the thread ends by itself.
+pub(crate) struct Link {
     /// `None` once the thread is to end.
     mailbox: Option<Sender<Message>>,
-    thread: JoinHandle<()>,
+    thread: Thread,
+}
+
+impl Link {
+    /// Lets the step loop look for something to do.
+    pub(crate) fn wake(&self) {
+        self.thread.unpark();
+    }
+}
+
+#[cfg(test)]
+impl Link {
+    /// For a stream without an engine.
+    pub(crate) fn to_nobody() -> Arc<Self> {
+        Arc::new(Link { mailbox: None, thread: thread::current() })
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.mailbox = None;
+        self.wake();
+    }
 }
 
 enum Message {
     Submit(Box<Submission>),
     Statistics(Sender<EngineStatistics>),
+    /// Wants the blocks that hold the beginning of these tokens; with `grow`, blocks for the rest as
+    /// well, or none.
+    Hold {
+        tokens: Arc<[u32]>,
+        grow: bool,
+        answer: Sender<BlockTable>,
+    },
+    /// Wants the contents of blocks.
+    Export {
+        blocks: Vec<u32>,
+        answer: Sender<Result<Vec<u8>, CoreError>>,
+    },
+    /// Gives blocks their contents.
+    Import {
+        blocks: Vec<u32>,
+        data: Arc<[u8]>,
+        answer: Sender<Result<(), CoreError>>,
+    },
+    /// Gives blocks back, of which those of these tokens can be found from now on.
+    Release {
+        table: BlockTable,
+        tokens: Arc<[u32]>,
+    },
+}
+
+/// Bytes of keys and values that go to or from a replica between two of its steps.
+const PIECE: usize = 4 << 20;
+
+/// Blocks of a replica that are kept for whoever saves or restores.
+struct Held<'a> {
+    engine: &'a Engine,
+    replica: usize,
+    table: BlockTable,
+}
+
+impl Held<'_> {
+    fn blocks(&self) -> &[u32] {
+        self.table.blocks()
+    }
+
+    /// Gives the blocks back, with those of `tokens` as ones that can be found.
+    fn release(&mut self, tokens: Arc<[u32]>) -> Result<(), Error> {
+        let table = mem::take(&mut self.table);
+        self.engine.send(self.replica, Message::Release { table, tokens })
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if !self.blocks().is_empty() {
+            // With the thread, its blocks are gone.
+            let _ = self.release(Arc::default());
+        }
+    }
 }
 
 /// A request on its way to the engine's thread.
@@ -190,7 +293,11 @@ pub(crate) struct Active {
     guide: Option<Guide>,
     end_ids: BTreeSet<u32>,
     prompt_tokens: usize,
+    /// Tokens of prompt and output that were dropped because the context was full.
+    dropped_tokens: usize,
     most_output_tokens: usize,
+    /// Tokens that stay when the context is full, and its length.
+    context: (usize, usize),
     pub(crate) speculating: Option<Speculating>,
     // Whoever hears of the end finds it counted.
     telemetry: RequestTelemetry,
@@ -201,7 +308,7 @@ pub(crate) struct Active {
 
 impl Active {
     fn output_tokens(&self, tokens: &[u32]) -> usize {
-        tokens.len() - self.prompt_tokens
+        tokens.len() + self.dropped_tokens - self.prompt_tokens
     }
 
     /// What it needs of the logits after each of the last `positions` tokens of `tokens`, if not all.
@@ -329,7 +436,10 @@ impl Engine {
             places: Places::new(places, replicas),
             limits: (context_length, vocab_size),
             kv_tokens: blocks * block_tokens,
-            block_tokens,
+            layout: layout(model),
+            prefixes: shortcuts.prefix,
+            model: model.share(),
+            fingerprint: OnceLock::new(),
             draft_context,
             speculation: shortcuts.speculation,
             vocabulary,
@@ -351,10 +461,14 @@ impl Engine {
                     None => None,
                 },
                 metrics: StepMetrics::register(),
+                prompt_share: options
+                    .target_step_time
+                    .map(|target| PromptShare::new(target, step_tokens)),
                 requests: Requests {
                     scheduler: Scheduler::new(
                         cache(),
                         Limits { max_sequences, step_tokens },
+                        options.policy,
                         places,
                     ),
                     draft_cache: draft.map(|_| cache()),
@@ -370,7 +484,8 @@ impl Engine {
                 .map_err(|error| Error::EngineStopped {
                     reason: format!("its thread cannot be started: {error}"),
                 })?;
-            handle.replicas.push(Replica { mailbox: Some(mailbox), thread });
+            let link = Link { mailbox: Some(mailbox), thread: thread.thread().clone() };
+            handle.replicas.push(Replica { link: Some(Arc::new(link)), thread });
         }
         Ok(Engine { handle: Arc::new(handle) })
     }
@@ -403,14 +518,37 @@ impl Engine {
         compile: impl FnOnce(&Constraint, &BTreeSet<u32>) -> Result<Grammar, ConstraintError>,
     ) -> Result<TokenStream, Error> {
         let submitted = Instant::now();
-        let Request { prompt, sampling, max_tokens, end_ids, constraint, .. } = request;
+        let Request { mut prompt, sampling, max_tokens, end_ids, constraint, .. } = request;
         let Request { priority, client, deadline, processors, buffer, .. } = request;
+        let Request { overflow, max_latency, .. } = request;
         let (context_length, _) = self.handle.limits;
-        check_tokens(&prompt, 0, self.handle.limits)?;
-        let mut sampler = Sampler::new(&sampling)?;
+        let prompt_tokens = prompt.len();
+        let keep_first = overflow.keep_first();
+        if keep_first > context_length / 2 {
+            return Err(InvalidParameter {
+                name: "the number of tokens that stay when the context is full",
+                value: keep_first.to_string(),
+                allowed: "at most half of the context",
+            }
+            .into());
+        }
         // The last token of an output is never computed.
-        let most_output_tokens = max_tokens.min(context_length - prompt.len() + 1);
-        let most_tokens = prompt.len() + most_output_tokens.saturating_sub(1);
+        let mut most_output_tokens = max_tokens;
+        if overflow == Overflow::Stop {
+            let left = (context_length + 1).saturating_sub(prompt.len());
+            most_output_tokens = max_tokens.min(left);
+        } else {
+            while prompt.len() > context_length {
+                prompt.drain(Overflow::dropped(keep_first, prompt.len()));
+            }
+        }
+        check_tokens(&prompt, 0, self.handle.limits)?;
+        let dropped_tokens = prompt_tokens - prompt.len();
+        let mut sampler = Sampler::new(&sampling)?;
+        let most_tokens = prompt.len().saturating_add(most_output_tokens.saturating_sub(1));
+        let most_tokens = most_tokens.min(context_length);
+        // Nobody needs room for more than fits the context.
+        let buffer = buffer.min(most_output_tokens).min(context_length + 1);
         if most_tokens > self.handle.kv_tokens {
             return Err(Error::KvBudget { needed: most_tokens, room: self.handle.kv_tokens });
         }
@@ -430,12 +568,11 @@ impl Engine {
             None => None,
         };
         let (mut events, stream) =
-            TokenStream::new(self.clone(), replica, buffer.min(most_output_tokens));
-        let prompt_tokens = prompt.len();
+            TokenStream::new(Arc::clone(self.link(replica)), replica, buffer, max_latency);
         let telemetry = RequestTelemetry::new(&self.handle.metrics, submitted, prompt_tokens);
         if most_output_tokens == 0 {
             telemetry.end(Outcome::Finished(FinishReason::Length));
-            let usage = Usage { prompt_tokens, ..Usage::default() };
+            let usage = Usage { prompt_tokens, dropped_tokens, ..Usage::default() };
             events.send(Ok(Event::Finished(Finish { reason: FinishReason::Length, usage })));
             return Ok(stream);
         }
@@ -445,7 +582,9 @@ impl Engine {
             guide,
             end_ids,
             prompt_tokens,
+            dropped_tokens,
             most_output_tokens,
+            context: (keep_first, context_length),
             speculating,
             telemetry,
             place,
@@ -464,14 +603,145 @@ impl Engine {
         speculation: Speculation,
         most_tokens: usize,
     ) -> Result<Option<Speculating>, Error> {
-        let Handle { block_tokens, draft_context, speculation: on, .. } = *self.handle;
+        let Handle { layout, draft_context, speculation: on, .. } = *self.handle;
         speculation.validate()?;
         let most_tokens = match speculation.proposer {
             Proposer::PromptLookup => most_tokens,
             // The draft model does not read the last token that it guesses.
             Proposer::DraftModel => most_tokens.min(draft_context.ok_or(Error::NoDraftModel)? + 1),
         };
-        Ok(on.then(|| Speculating::new(speculation, most_tokens, block_tokens)))
+        Ok(on.then(|| Speculating::new(speculation, most_tokens, layout.block_tokens)))
+    }
+
+    /// Writes the conversation of `tokens` to a file, with the keys and values of its whole blocks, so
+    /// that [`restore`](Engine::restore) can bring them back. What is not there of them is computed
+    /// first, and the last token in any case. Waits; requests go on meanwhile.
+    ///
+    /// The file appears under its name when all of it is written. The keys and values of a draft model
+    /// are not in it.
+    ///
+    /// # Errors
+    /// As [`submit`](Engine::submit) for a request of one token after `tokens`, and
+    /// [`Error::Conversation`] if the file cannot be written, the engine does not use prefixes
+    /// again, or others need the blocks at the same time.
+    ///
+    /// ```
+    /// use bitnet_inference::{EngineOptions, Model, ModelOptions};
+    ///
+    /// let model = Model::open("tiny", &ModelOptions::default())?;
+    /// let folder = tempfile::tempdir().expect("a folder");
+    /// let path = folder.path().join("story.kv");
+    /// let tokens: Vec<u32> = (1..100).collect();
+    /// model.engine(EngineOptions::default())?.save(&tokens, &path)?;
+    /// // Another engine, perhaps on another day.
+    /// assert_eq!(model.engine(EngineOptions::default())?.restore(&path)?, tokens);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn save(&self, tokens: &[u32], path: impl AsRef<Path>) -> Result<(), Error> {
+        let path = path.as_ref();
+        let failed = |reason: ConversationError| reason.at(path);
+        let Handle { layout, prefixes, .. } = *self.handle;
+        if !prefixes {
+            return Err(failed(ConversationError::NoPrefixes));
+        }
+        let request = Request::new(tokens.to_vec(), SamplingParams::default(), 1);
+        let mut stream = self.submit(request)?;
+        while let Some(event) = stream.next() {
+            event?;
+        }
+        let held = self.hold(stream.replica(), tokens.into(), false)?;
+        if held.blocks().len() < tokens.len() / layout.block_tokens {
+            return Err(failed(ConversationError::Displaced));
+        }
+        let expected = self.expected()?;
+        let mut file = conversation::Writer::create(path, &expected, tokens).map_err(failed)?;
+        for blocks in held.blocks().chunks((PIECE / layout.block_bytes()).max(1)) {
+            let blocks = blocks.to_vec();
+            let data = self.ask(held.replica, |answer| Message::Export { blocks, answer })??;
+            file.write(&data).map_err(failed)?;
+        }
+        file.finish().map_err(failed)
+    }
+
+    /// Reads a file that [`save`](Engine::save) wrote and returns the tokens of its conversation. A
+    /// request whose prompt begins with them starts with the keys and values of the file, and gives the
+    /// tokens that it gives without, as long as no other request needs the room. Every replica gets
+    /// them. Waits; requests go on meanwhile.
+    ///
+    /// A checksum tells damage, not malice: restore only what you would trust as a model.
+    ///
+    /// # Errors
+    /// [`Error::Conversation`] if the file cannot be read, is damaged, was saved with another model,
+    /// another type of keys and values or blocks of another size, or finds no room; and if the engine
+    /// has stopped. Then nothing is restored.
+    pub fn restore(&self, path: impl AsRef<Path>) -> Result<Vec<u32>, Error> {
+        let path = path.as_ref();
+        let failed = |reason: ConversationError| reason.at(path);
+        let Handle { layout, prefixes, limits, ref replicas, .. } = *self.handle;
+        if !prefixes {
+            return Err(failed(ConversationError::NoPrefixes));
+        }
+        let mut file = conversation::Reader::open(path, &self.expected()?).map_err(failed)?;
+        if !file.tokens.is_empty() {
+            check_tokens(&file.tokens, 0, limits)?;
+        }
+        let needed = file.tokens.len() / layout.block_tokens;
+        let tokens: Arc<[u32]> = file.tokens[..needed * layout.block_tokens].into();
+        let mut held = Vec::with_capacity(replicas.len());
+        for replica in 0..replicas.len() {
+            held.push(self.hold(replica, Arc::clone(&tokens), true)?);
+        }
+        if held.iter().any(|held| held.blocks().len() < needed) {
+            return Err(failed(ConversationError::NoRoom { needed }));
+        }
+        let piece = (PIECE / layout.block_bytes()).max(1);
+        for start in (0..needed).step_by(piece) {
+            let end = needed.min(start + piece);
+            let mut data = vec![0; (end - start) * layout.block_bytes()];
+            file.read(&mut data).map_err(failed)?;
+            for held in &held {
+                // What was found is there, and shared with others.
+                let first = held.table.known().clamp(start, end);
+                let blocks = held.blocks()[first..end].to_vec();
+                let data = data[(first - start) * layout.block_bytes()..].into();
+                self.ask(held.replica, |answer| Message::Import { blocks, data, answer })??;
+            }
+        }
+        let all = file.finish().map_err(failed)?;
+        for held in &mut held {
+            held.release(Arc::clone(&tokens))?;
+        }
+        Ok(all)
+    }
+
+    /// What a file must be like for this engine.
+    fn expected(&self) -> Result<Expected, Error> {
+        let Handle { layout, limits: (context_length, _), model, .. } = &*self.handle;
+        let Handle { fingerprint, vocabulary, .. } = &*self.handle;
+        let fingerprint = match fingerprint.get() {
+            Some(fingerprint) => *fingerprint,
+            None => {
+                let now = conversation::fingerprint(&**model, Arc::clone(vocabulary))?;
+                *fingerprint.get_or_init(|| now)
+            }
+        };
+        Ok(Expected { layout: *layout, context_length: *context_length, fingerprint })
+    }
+
+    fn hold(&self, replica: usize, tokens: Arc<[u32]>, grow: bool) -> Result<Held<'_>, Error> {
+        let table = self.ask(replica, |answer| Message::Hold { tokens, grow, answer })?;
+        Ok(Held { engine: self, replica, table })
+    }
+
+    /// Sends a replica a question and waits for the answer.
+    fn ask<T>(
+        &self,
+        replica: usize,
+        question: impl FnOnce(Sender<T>) -> Message,
+    ) -> Result<T, Error> {
+        let (answer, answers) = channel();
+        self.send(replica, question(answer))?;
+        answers.recv().map_err(|_| stopped())
     }
 
     /// What the engine has done until now, all replicas together.
@@ -490,16 +760,16 @@ impl Engine {
     }
 
     fn send(&self, replica: usize, message: Message) -> Result<(), Error> {
-        let mailbox = self.handle.replicas[replica].mailbox.as_ref();
-        let mailbox = mailbox.expect("it is there until the last clone is gone");
+        let link = self.link(replica);
+        let mailbox = link.mailbox.as_ref().expect("it is there as long as the link");
         mailbox.send(message).map_err(|_| stopped())?;
-        self.wake(replica);
+        link.wake();
         Ok(())
     }
 
-    /// Lets a replica look for something to do.
-    pub(crate) fn wake(&self, replica: usize) {
-        self.handle.replicas[replica].thread.thread().unpark();
+    fn link(&self, replica: usize) -> &Arc<Link> {
+        let link = self.handle.replicas[replica].link.as_ref();
+        link.expect("it is there until the last clone is gone")
     }
 }
 
@@ -509,13 +779,12 @@ fn stopped() -> Error {
 
 impl Drop for Handle {
     fn drop(&mut self) {
-        for replica in &mut self.replicas {
-            replica.mailbox = None;
-            replica.thread.thread().unpark();
-        }
-        for Replica { thread, .. } in self.replicas.drain(..) {
-            // A logits processor can hold the last clone.
-            if thread.thread().id() != thread::current().id() {
+        let links = self.replicas.iter_mut().map(|replica| replica.link.take());
+        let last: Vec<bool> = links.map(|link| link.and_then(Arc::into_inner).is_some()).collect();
+        for (Replica { thread, .. }, last) in self.replicas.drain(..).zip(last) {
+            // Where streams are left, the thread ends after them and nobody waits for it. A logits
+            // processor can hold the last clone.
+            if last && thread.thread().id() != thread::current().id() {
                 // If it panicked, it has said so.
                 let _ = thread.join();
             }
@@ -529,6 +798,7 @@ struct StepLoop {
     runner: Box<dyn Runner>,
     draft: Option<Draft>,
     metrics: StepMetrics,
+    prompt_share: Option<PromptShare>,
     requests: Requests,
 }
 
@@ -552,6 +822,7 @@ impl StepLoop {
             self.requests.scheduler.schedule();
             self.metrics.publish(self.requests.statistics());
             if self.requests.scheduler.batch().is_empty() {
+                self.requests.tell_all();
                 // Whoever submits, reads from a full ring or goes away wakes this thread.
                 match self.requests.scheduler.next_deadline() {
                     Some(end) => {
@@ -559,7 +830,7 @@ impl StepLoop {
                     }
                     None => thread::park(),
                 }
-            } else if let Err(error) = self.step() {
+            } else if let Err(error) = self.timed_step() {
                 self.requests.fail_all(&error);
                 break;
             }
@@ -581,10 +852,49 @@ impl StepLoop {
                     // Who does not wait for the answer does not need it.
                     let _ = answer.send(self.requests.statistics());
                 }
+                Ok(Message::Hold { tokens, grow, answer }) => {
+                    let cache = self.requests.scheduler.cache_mut();
+                    let mut table = BlockTable::default();
+                    cache.hold(&mut table, &tokens);
+                    if grow && !cache.grow(&mut table, tokens.len()) {
+                        cache.release(&mut table);
+                    }
+                    if let Err(unread) = answer.send(table) {
+                        cache.release(&mut { unread.0 });
+                    }
+                }
+                Ok(Message::Export { blocks, answer }) => {
+                    let mut data = Vec::new();
+                    let mut all = blocks.into_iter();
+                    let _ = answer.send(
+                        all.try_for_each(|b| self.runner.export(b, &mut data)).map(|()| data),
+                    );
+                }
+                Ok(Message::Import { blocks, data, answer }) => {
+                    let size = data.len() / blocks.len().max(1);
+                    let mut all = blocks.into_iter().zip(data.chunks_exact(size.max(1)));
+                    let _ = answer.send(all.try_for_each(|(b, data)| self.runner.import(b, data)));
+                }
+                Ok(Message::Release { mut table, tokens }) => {
+                    self.requests.scheduler.cache_mut().computed(&mut table, &tokens);
+                    self.requests.scheduler.cache_mut().release(&mut table);
+                }
                 Err(TryRecvError::Empty) => return true,
                 Err(TryRecvError::Disconnected) => return false,
             }
         }
+    }
+
+    /// Computes the step that was put together, and learns what prompts cost in it.
+    fn timed_step(&mut self) -> Result<(), CoreError> {
+        let prompt_tokens = self.requests.scheduler.prompt_tokens_beside_others();
+        let start = Instant::now();
+        self.step()?;
+        if let (Some(share), Some(prompt_tokens)) = (&mut self.prompt_share, prompt_tokens) {
+            share.learn(prompt_tokens, start.elapsed());
+            self.requests.scheduler.set_prefill_tokens(share.tokens());
+        }
+        Ok(())
     }
 
     /// Computes the step that was put together.
@@ -655,11 +965,15 @@ impl Requests {
         self.guided = guided;
         // After the tokens that were sampled just now.
         let Self { scheduler, draft_cache, .. } = self;
+        let mut now = None;
         for (_, sequence) in scheduler.sequences_mut() {
             let (decodes, waits) = (sequence.decodes(), sequence.blocks().is_empty());
             let (active, tokens) = sequence.parts();
             if waits {
                 active.release_draft(draft_cache);
+            }
+            if active.events.is_untold() {
+                active.events.tell(*now.get_or_insert_with(Instant::now));
             }
             let paused = active.events.is_full() || active.has_all_tokens(tokens);
             let wish = if decodes { active.wish(tokens) } else { 0 };
@@ -681,6 +995,15 @@ impl Requests {
             && is_computed
         {
             self.sample(slot, Logits::All(&mut logits));
+        }
+    }
+
+    /// Wakes every reader that was left asleep.
+    fn tell_all(&mut self) {
+        for (_, sequence) in self.scheduler.sequences_mut() {
+            if sequence.request.events.is_untold() {
+                sequence.request.events.tell_now();
+            }
         }
     }
 
@@ -779,6 +1102,14 @@ impl Requests {
         if last && !guided {
             return self.finish(slot, Ok(FinishReason::Length));
         }
+        let sequence = self.scheduler.sequence_mut(slot);
+        let (length, (keep_first, context_length)) =
+            (sequence.tokens().len(), sequence.request.context);
+        if !last && length > context_length {
+            let dropped = Overflow::dropped(keep_first, length);
+            sequence.request.dropped_tokens += dropped.len();
+            self.scheduler.shorten(slot, dropped);
+        }
         accepted
     }
 
@@ -811,15 +1142,16 @@ impl Requests {
 
 /// What a sequence has taken until now.
 fn usage(sequence: &Sequence<Active>) -> Usage {
-    let Active { prompt_tokens, speculating, .. } = &sequence.request;
+    let Active { prompt_tokens, dropped_tokens, speculating, .. } = &sequence.request;
     let (proposed_tokens, accepted_tokens) =
         speculating.as_ref().map_or((0, 0), Speculating::counts);
     Usage {
         prompt_tokens: *prompt_tokens,
         reused_tokens: sequence.reused(),
-        output_tokens: sequence.tokens().len() - prompt_tokens,
+        output_tokens: sequence.request.output_tokens(sequence.tokens()),
         proposed_tokens,
         accepted_tokens,
+        dropped_tokens: *dropped_tokens,
     }
 }
 

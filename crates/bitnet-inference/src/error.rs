@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use bitnet_core::budget::human_bytes;
 
+use crate::conversation::ConversationError;
 use crate::grammar::ConstraintError;
 use crate::sampler::{InvalidParameter, SampleError};
 use crate::scheduler::QueueFull;
@@ -158,6 +159,14 @@ pub enum Error {
         in_use: u64,
         /// Bytes the cache may hold.
         budget: u64,
+    },
+    /// A conversation that cannot be saved or restored.
+    #[error("{}: {reason}", path.display())]
+    Conversation {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: ConversationError,
     },
     /// The model makes no embeddings, or makes nothing else.
     #[error("{0}")]

@@ -1,6 +1,7 @@
 //! [`InferenceEngine`]: a model and an engine behind one door, text in and text out.
 
 use std::ops::ControlFlow;
+use std::path::Path;
 use std::pin::Pin;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
@@ -22,13 +23,14 @@ use crate::generate::Generation;
 use crate::grammar::Constraint;
 use crate::inference_stream::{InferenceStream, StreamingConfig};
 use crate::model::{Model, cpu_backend};
-use crate::request::Request;
+use crate::request::{Overflow, Request};
 use crate::sampler::SamplingParams;
 use crate::speculation::Speculation;
 use crate::stream::block_on;
 
 /// For whoever wants the whole of a generation: nobody reads it meanwhile, and it need not pause.
-const WHOLE: StreamingConfig = StreamingConfig { buffer: usize::MAX, ordered: true };
+const WHOLE: StreamingConfig =
+    StreamingConfig { buffer: usize::MAX, ordered: true, max_latency: Duration::ZERO };
 
 /// What to generate, when to stop, and how urgent it is.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +54,8 @@ pub struct GenerationParams {
     /// How the next tokens are guessed, which changes the speed and no token; not at all, unless it
     /// is said, and not with a constraint.
     pub speculation: Option<Speculation>,
+    /// What becomes of it when the model's context is full; it ends, unless it is said.
+    pub overflow: Overflow,
 }
 
 impl Default for GenerationParams {
@@ -66,6 +70,7 @@ impl Default for GenerationParams {
             client: 0,
             time_limit: None,
             speculation: None,
+            overflow: Overflow::default(),
         }
     }
 }
@@ -474,6 +479,54 @@ impl InferenceEngine {
         Answer::new(answers.buffered(at_once).try_collect())
     }
 
+    /// Writes what a prompt's keys and values are to a file, computed first where they are not there:
+    /// see [`Engine::save`]. Waits.
+    ///
+    /// # Errors
+    /// As [`generate`](InferenceEngine::generate) and [`Engine::save`].
+    pub fn save(&self, prompt: &str, path: impl AsRef<Path>) -> Result<(), Error> {
+        let Loaded { engine, model, .. } = self.loaded()?;
+        engine.save(&model.tokenizer().encode(prompt, true, Special::Recognised)?, path)
+    }
+
+    /// As [`save`](InferenceEngine::save), for a conversation up to its last message.
+    ///
+    /// # Errors
+    /// As [`chat`](InferenceEngine::chat) and [`Engine::save`].
+    ///
+    /// ```
+    /// use bitnet_inference::{GenerationParams, InferenceEngine, Message};
+    ///
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// let mut messages = vec![Message::new("user", "Tell me a story about a cat and a dog.")];
+    /// let folder = tempfile::tempdir().expect("a folder");
+    /// engine.save_chat(&messages, folder.path().join("cat.kv"))?;
+    ///
+    /// // The program ends and comes back.
+    /// let mut engine = InferenceEngine::new();
+    /// engine.load_model("tiny")?;
+    /// engine.restore(folder.path().join("cat.kv"))?;
+    /// println!("{}", engine.chat(&messages, GenerationParams::default()).wait()?.text);
+    /// # assert!(engine.statistics()?.kv.reused_tokens > 0);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn save_chat(&self, messages: &[Message], path: impl AsRef<Path>) -> Result<(), Error> {
+        let Loaded { engine, model, .. } = self.loaded()?;
+        let template = model.chat_template()?;
+        engine.save(&template.encode(model.tokenizer(), messages, false)?.1, path)
+    }
+
+    /// Reads a file that [`save`](InferenceEngine::save) or
+    /// [`save_chat`](InferenceEngine::save_chat) wrote: what begins with the same text starts with its
+    /// keys and values. Returns the token ids. Waits.
+    ///
+    /// # Errors
+    /// As [`Engine::restore`], and if no model is loaded.
+    pub fn restore(&self, path: impl AsRef<Path>) -> Result<Vec<u32>, Error> {
+        self.loaded()?.engine.restore(path)
+    }
+
     /// What the engine has done until now.
     ///
     /// # Errors
@@ -540,6 +593,8 @@ impl Loaded {
         request.processors = self.processors.iter().map(|make| make()).collect();
         request.buffer = config.buffer;
         request.speculation = params.speculation;
+        request.overflow = params.overflow;
+        request.max_latency = config.max_latency;
         InferenceStream::start(&self.engine, &self.model, request, stop)
     }
 
@@ -581,7 +636,7 @@ async fn whole(stream: &mut InferenceStream) -> Result<Generation, Error> {
     while let Some(event) = stream.next().await {
         let event = event?;
         generation.text.push_str(&event.text);
-        if let Some(token) = event.token {
+        for token in event.tokens {
             let first = *first.get_or_insert(token.time);
             generation.prompt_time = first - stream.start_time();
             generation.decode_time = token.time - first;

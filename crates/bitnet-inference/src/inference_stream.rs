@@ -4,7 +4,7 @@ use std::future::poll_fn;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures_core::Stream;
 
@@ -23,11 +23,17 @@ pub struct StreamingConfig {
     pub buffer: usize,
     /// Whether the results of several prompts come in the order of these, or as they are completed.
     pub ordered: bool,
+    /// Longest time for which tokens are gathered into a piece; zero: each comes at once.
+    pub max_latency: Duration,
 }
 
 impl Default for StreamingConfig {
     fn default() -> Self {
-        StreamingConfig { buffer: Request::DEFAULT_BUFFER, ordered: true }
+        StreamingConfig {
+            buffer: Request::DEFAULT_BUFFER,
+            ordered: true,
+            max_latency: Duration::ZERO,
+        }
     }
 }
 
@@ -37,8 +43,9 @@ pub struct StreamEvent {
     /// Text that is certain now: never half a character, never a part of a stop string. Empty while
     /// more tokens are needed to be certain.
     pub text: String,
-    /// The token that came, with its log-probability if asked for. The last event may have none.
-    pub token: Option<Token>,
+    /// The tokens that came, with their log-probabilities if asked for: one, unless they are
+    /// [gathered](StreamingConfig::max_latency). The last event may have none.
+    pub tokens: Vec<Token>,
     /// In the last event: why the generation ended and what it took.
     pub finish: Option<Finish>,
 }
@@ -57,6 +64,10 @@ pub struct InferenceStream {
     transcript: Transcript,
     prompt_tokens: usize,
     output_tokens: usize,
+    /// Whether tokens that are there together come as one piece.
+    gathers: bool,
+    /// What went wrong after the last piece.
+    failed: Option<Error>,
 }
 
 impl InferenceStream {
@@ -72,6 +83,8 @@ impl InferenceStream {
             transcript: Transcript::new(stop)?,
             prompt_tokens: request.prompt.len(),
             output_tokens: 0,
+            gathers: !request.max_latency.is_zero(),
+            failed: None,
             tokens: engine.submit(request)?,
             finished: false,
             model: Arc::clone(model),
@@ -100,18 +113,46 @@ impl InferenceStream {
         if self.finished {
             return Poll::Ready(None);
         }
-        let event = match ready!(self.tokens.poll_event(context)) {
-            Some(Ok(Event::Token(token))) => self.token(token),
-            Some(Ok(Event::Finished(finish))) => Ok(self.finish(finish)),
-            Some(Err(error)) => Err(error),
-            None => return Poll::Ready(None),
+        let event = match self.failed.take() {
+            Some(error) => Err(error),
+            None => match ready!(self.tokens.poll_event(context)) {
+                Some(event) => event.and_then(|event| self.event(event)),
+                None => return Poll::Ready(None),
+            },
         };
+        let event = event.map(|event| self.gather(event));
         if !matches!(event, Ok(StreamEvent { finish: None, .. })) {
             // Nothing comes after this, and what the engine still does for it is not needed.
             self.finished = true;
             self.tokens.cancel();
         }
         Poll::Ready(Some(event))
+    }
+
+    fn event(&mut self, event: Event) -> Result<StreamEvent, Error> {
+        match event {
+            Event::Token(token) => self.token(token),
+            Event::Finished(finish) => Ok(self.finish(finish)),
+        }
+    }
+
+    /// Adds what else is there to a piece.
+    fn gather(&mut self, mut piece: StreamEvent) -> StreamEvent {
+        while self.gathers && piece.finish.is_none() {
+            let Some(event) = self.tokens.pop() else { break };
+            match event.and_then(|event| self.event(event)) {
+                Ok(StreamEvent { text, tokens, finish }) => {
+                    piece.text.push_str(&text);
+                    piece.tokens.extend(tokens);
+                    piece.finish = finish;
+                }
+                Err(error) => {
+                    self.failed = Some(error);
+                    break;
+                }
+            }
+        }
+        piece
     }
 
     fn token(&mut self, token: Token) -> Result<StreamEvent, Error> {
@@ -121,7 +162,7 @@ impl InferenceStream {
             reason: FinishReason::Stop,
             usage: self.tokens.usage(self.prompt_tokens, self.output_tokens),
         });
-        Ok(StreamEvent { text, token: Some(token), finish })
+        Ok(StreamEvent { text, tokens: vec![token], finish })
     }
 
     fn finish(&mut self, mut finish: Finish) -> StreamEvent {
@@ -129,7 +170,7 @@ impl InferenceStream {
         if self.transcript.is_stopped() {
             finish.reason = FinishReason::Stop;
         }
-        StreamEvent { text, token: None, finish: Some(finish) }
+        StreamEvent { text, tokens: Vec::new(), finish: Some(finish) }
     }
 }
 

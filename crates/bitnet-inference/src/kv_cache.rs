@@ -36,6 +36,11 @@ impl BlockTable {
         BlockTable { blocks: Vec::with_capacity(blocks), known: 0, content: ROOT }
     }
 
+    /// How many of its blocks, from the first, hold what the cache knows.
+    pub(crate) fn known(&self) -> usize {
+        self.known
+    }
+
     /// Block numbers in the order of the tokens.
     pub(crate) fn blocks(&self) -> &[u32] {
         &self.blocks
@@ -175,40 +180,19 @@ impl KvCache {
         tokens: &[u32],
         spare: usize,
     ) -> Option<Admission> {
-        assert!(table.blocks.is_empty() && !tokens.is_empty());
-        let mut content = ROOT;
-        let mut idle = 0;
-        for ids in tokens.chunks_exact(self.block_tokens) {
-            let Some(block) = self.find(content, ids) else { break };
-            let Block { content: Some(found), references, .. } = self.blocks[block as usize] else {
-                unreachable!("a block that was found has a name")
-            };
-            content = found;
-            idle += usize::from(references == 0);
-            table.blocks.push(block);
-        }
-        // The last token is computed in any case, for its logits.
-        let mut all_found = table.blocks.len() * self.block_tokens == tokens.len();
-        if all_found && self.available() - idle < 1 + spare {
-            // There is no block for a copy: the last one is computed anew, as if it had not been
-            // found, and can be evicted for that.
-            let last = &self.blocks[table.blocks.pop().expect("it was found") as usize];
-            idle -= usize::from(last.references == 0);
-            content = last.parent;
-            all_found = false;
-        }
-        let found = table.blocks.len();
-        let copies = usize::from(all_found);
-        let more = tokens.len().div_ceil(self.block_tokens) - found + copies;
-        if self.available() - idle < more + spare {
+        let Some(all_found) = self.lookup(table, tokens, self.available(), spare) else {
             table.blocks.clear();
             return None;
-        }
+        };
+        let (found, copies) = (table.blocks.len(), usize::from(all_found));
         for &block in &table.blocks {
             self.share(block);
         }
         table.known = found;
-        table.content = content;
+        table.content = table
+            .blocks
+            .last()
+            .map_or(ROOT, |&last| self.blocks[last as usize].content.expect("it was found"));
         let mut copy = None;
         if all_found {
             let shared = table.blocks[found - 1];
@@ -226,6 +210,77 @@ impl KvCache {
         self.statistics.admitted_tokens += tokens.len() as u64;
         self.statistics.reused_tokens += computed as u64;
         Some(Admission { computed, copy })
+    }
+
+    /// Whether [`admit`](KvCache::admit) would find room once the other tables are given back, with an
+    /// empty table that is left empty.
+    pub(crate) fn would_admit<'a>(
+        &mut self,
+        table: &mut BlockTable,
+        tokens: &[u32],
+        spare: usize,
+        others: impl Iterator<Item = &'a BlockTable> + Clone,
+    ) -> bool {
+        let mut available = self.available();
+        let all = others.clone().flat_map(|other| &other.blocks);
+        for &block in all.clone() {
+            let references = &mut self.blocks[block as usize].references;
+            *references -= 1;
+            available += usize::from(*references == 0);
+        }
+        let fits = self.lookup(table, tokens, available, spare).is_some();
+        table.blocks.clear();
+        for &block in all {
+            self.blocks[block as usize].references += 1;
+        }
+        fits
+    }
+
+    /// Puts the blocks that hold the beginning of `tokens` into an empty table, and says whether all
+    /// of them were found. `None` if there is no room for the rest, so that `spare` of the `available`
+    /// blocks are left over.
+    fn lookup(
+        &self,
+        table: &mut BlockTable,
+        tokens: &[u32],
+        available: usize,
+        spare: usize,
+    ) -> Option<bool> {
+        let mut content = ROOT;
+        let mut idle = 0;
+        for ids in tokens.chunks_exact(self.block_tokens) {
+            let Some(block) = self.find(content, ids) else { break };
+            let Block { content: Some(found), references, .. } = self.blocks[block as usize] else {
+                unreachable!("a block that was found has a name")
+            };
+            content = found;
+            idle += usize::from(references == 0);
+            table.blocks.push(block);
+        }
+        // The last token is computed in any case, for its logits.
+        let mut all_found = table.blocks.len() * self.block_tokens == tokens.len();
+        if all_found && available - idle < 1 + spare {
+            // There is no block for a copy: the last one is computed anew, as if it had not been
+            // found, and can be evicted for that.
+            let last = &self.blocks[table.blocks.pop().expect("it was found") as usize];
+            idle -= usize::from(last.references == 0);
+            all_found = false;
+        }
+        let more = tokens.len().div_ceil(self.block_tokens) - table.blocks.len();
+        (available - idle >= more + usize::from(all_found) + spare).then_some(all_found)
+    }
+
+    /// Gives an empty table the blocks that hold the beginning of `tokens`, as many as are found. They
+    /// stay what they are while it has them.
+    pub(crate) fn hold(&mut self, table: &mut BlockTable, tokens: &[u32]) {
+        assert!(table.blocks.is_empty());
+        for ids in tokens.chunks_exact(self.block_tokens) {
+            let Some(block) = self.find(table.content, ids) else { break };
+            self.share(block);
+            table.blocks.push(block);
+            table.known += 1;
+            table.content = self.blocks[block as usize].content.expect("it was found");
+        }
     }
 
     /// Gives a table room for `tokens` tokens; false, and nothing changes, if there are too few

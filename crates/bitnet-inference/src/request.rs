@@ -2,7 +2,8 @@
 
 use std::collections::BTreeSet;
 use std::fmt;
-use std::time::Instant;
+use std::ops::Range;
+use std::time::{Duration, Instant};
 
 use crate::generate::{FinishReason, TokenLogprobs};
 use crate::grammar::Constraint;
@@ -34,13 +35,46 @@ use crate::speculation::Speculation;
 /// ```
 pub trait LogitsProcessor: Send {
     /// Changes `logits: [vocabulary]` of the token that follows `tokens`, of which the last
-    /// `output_tokens` are output.
+    /// `output_tokens` are output; where [`Overflow`] has dropped some, all that are left.
     fn process(&mut self, tokens: &[u32], output_tokens: usize, logits: &mut [f32]);
 }
 
 impl<F: FnMut(&[u32], usize, &mut [f32]) + Send> LogitsProcessor for F {
     fn process(&mut self, tokens: &[u32], output_tokens: usize, logits: &mut [f32]) {
         self(tokens, output_tokens, logits);
+    }
+}
+
+/// What becomes of a conversation that has filled the model's context.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Overflow {
+    /// It ends, as at the token limit, and a prompt that is longer is refused.
+    #[default]
+    Stop,
+    /// The older half of it is dropped, but for its beginning, and it goes on: the tokens that follow
+    /// are those of a request whose prompt is what was kept. What is kept is read anew at its new
+    /// place. A prompt that is too long is shortened in the same way until it fits.
+    ///
+    /// Models were not trained on such a cut; a beginning that stays, such as the begin token and a
+    /// system message, lets them bear it.
+    DropOldest {
+        /// Tokens that stay at the beginning, at most half of the context.
+        keep_first: usize,
+    },
+}
+
+impl Overflow {
+    /// Tokens that stay at the beginning.
+    pub(crate) fn keep_first(self) -> usize {
+        match self {
+            Overflow::Stop => 0,
+            Overflow::DropOldest { keep_first } => keep_first,
+        }
+    }
+
+    /// What is dropped of so many tokens, more than one of which come after those that stay.
+    pub(crate) fn dropped(keep_first: usize, length: usize) -> Range<usize> {
+        keep_first..keep_first + (length - keep_first).div_ceil(2)
     }
 }
 
@@ -94,6 +128,10 @@ pub struct Request {
     /// How the next tokens are guessed, which makes the request faster or slower and changes no
     /// token; `None`: not at all, as with a constraint.
     pub speculation: Option<Speculation>,
+    /// What becomes of it when the model's context is full.
+    pub overflow: Overflow,
+    /// How long a reader that sleeps may be left asleep after a token, so that several come at once.
+    pub max_latency: Duration,
 }
 
 impl Request {
@@ -114,6 +152,8 @@ impl Request {
             processors: Vec::new(),
             buffer: Request::DEFAULT_BUFFER,
             speculation: None,
+            overflow: Overflow::default(),
+            max_latency: Duration::ZERO,
         }
     }
 }
@@ -132,6 +172,8 @@ impl fmt::Debug for Request {
             .field("processors", &self.processors.len())
             .field("buffer", &self.buffer)
             .field("speculation", &self.speculation)
+            .field("overflow", &self.overflow)
+            .field("max_latency", &self.max_latency)
             .finish()
     }
 }
@@ -160,6 +202,8 @@ pub struct Usage {
     pub proposed_tokens: usize,
     /// Of those, tokens that came: the output took so many steps less.
     pub accepted_tokens: usize,
+    /// Tokens of prompt and output that were dropped because the context was full: see [`Overflow`].
+    pub dropped_tokens: usize,
 }
 
 /// The end of a request that went well.

@@ -15,6 +15,10 @@ use crate::sampler::{Candidate, Selection};
 use crate::scheduler::{Scheduler, Sequence, Work};
 use crate::session::PICKS;
 
+/// Most rows that go through the screened head together: each needs room for as many candidates as
+/// the vocabulary has tokens.
+const MOST_SCREENED: usize = 64;
+
 /// How much a runner is to have room for.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Room {
@@ -41,6 +45,12 @@ pub(crate) struct Part<'a> {
 pub(crate) trait Runner: Send {
     /// Copies blocks, `(from, to)`, in this order.
     fn copy(&mut self, blocks: &[(u32, u32)]);
+
+    /// Appends the contents of a block, in the same order whatever the stages are.
+    fn export(&self, block: u32, out: &mut Vec<u8>) -> Result<(), CoreError>;
+
+    /// Restores the contents of a block that [`export`](Runner::export) wrote.
+    fn import(&mut self, block: u32, data: &[u8]) -> Result<(), CoreError>;
 
     /// Computes a step: of each work what `part` makes of it. Returns the number of tokens. An error
     /// means that a device was lost.
@@ -99,8 +109,7 @@ fn emptied<T, U>(mut vec: Vec<T>) -> Vec<U> {
 impl<B: Backend> DecoderRunner<B> {
     pub(crate) fn new(decoder: Arc<Decoder<B>>, room: Room) -> Result<Self, Error> {
         let Room { layout, blocks, tokens, sequences } = room;
-        // One row of each sequence, or as many of a few.
-        let group = sequences.max(PICKS);
+        let group = sequences.clamp(PICKS, MOST_SCREENED);
         let vocab_size = decoder.vocab_size();
         Ok(DecoderRunner {
             kv: decoder.kv_allocate(layout, blocks)?,
@@ -150,6 +159,14 @@ impl<B: Backend> DecoderRunner<B> {
 impl<B: Backend> Runner for DecoderRunner<B> {
     fn copy(&mut self, blocks: &[(u32, u32)]) {
         self.decoder.kv_copy(&mut self.kv, blocks);
+    }
+
+    fn export(&self, block: u32, out: &mut Vec<u8>) -> Result<(), CoreError> {
+        self.decoder.kv_export(&self.kv, block, out)
+    }
+
+    fn import(&mut self, block: u32, data: &[u8]) -> Result<(), CoreError> {
+        self.decoder.kv_import(&mut self.kv, block, data)
     }
 
     fn forward(

@@ -8,8 +8,9 @@
 //!
 //! 1. *Admission.* Waiting sequences get blocks for all tokens they have, as long as every running
 //!    sequence keeps one more block to grow into. The highest priority comes first, in it
-//!    sequences that ran before, then those of the client that was served least, then the oldest. A
-//!    sequence that finds no place takes that of a paused one or of one with a lower priority.
+//!    sequences that ran before, then those of the client that was served least (unless the policy is
+//!    another), then the oldest. A sequence that finds no place takes that of paused ones and of
+//!    ones with a lower priority, if it fits once all of these are gone.
 //! 2. *Decode.* Every running sequence with one token to compute takes part. If there is no block
 //!    for it, the lowest running sequence gives up its blocks (paused ones first, then the
 //!    lowest priority, then the latest) and waits again with all its tokens, to be computed anew.
@@ -26,6 +27,7 @@
 //! Nothing here depends on time, except that deadlines are compared with a time that is handed in.
 
 use std::cmp::Reverse;
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Instant;
@@ -94,6 +96,17 @@ impl Drop for Place {
         self.places.of_replicas[self.replica].fetch_sub(1, Ordering::Relaxed);
         self.places.taken.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Who comes first among waiting requests of the same priority.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SchedulerPolicy {
+    /// The client for which the fewest tokens have been computed: nobody gets more by asking more
+    /// often.
+    #[default]
+    Fair,
+    /// The request that came first.
+    Fifo,
 }
 
 /// How large steps may become.
@@ -251,6 +264,9 @@ struct Client {
 #[derive(Debug)]
 pub(crate) struct Scheduler<R> {
     limits: Limits,
+    policy: SchedulerPolicy,
+    /// Most tokens of a step that go to prompts where others write.
+    prefill_tokens: usize,
     cache: KvCache,
     sequences: Vec<Option<Sequence<R>>>,
     vacant: Vec<usize>,
@@ -258,6 +274,8 @@ pub(crate) struct Scheduler<R> {
     /// In the order of their ranks.
     running: Vec<usize>,
     clients: Vec<Client>,
+    /// What somebody who is always served in turn would have been served by now.
+    turn: u64,
     arrivals: u64,
     preemptions: u64,
     batch: Vec<Work>,
@@ -268,16 +286,24 @@ pub(crate) struct Scheduler<R> {
 
 impl<R> Scheduler<R> {
     /// An empty scheduler over the blocks of a cache, with room for `places` sequences.
-    pub(crate) fn new(cache: KvCache, limits: Limits, places: usize) -> Self {
+    pub(crate) fn new(
+        cache: KvCache,
+        limits: Limits,
+        policy: SchedulerPolicy,
+        places: usize,
+    ) -> Self {
         assert!(limits.max_sequences > 0 && limits.step_tokens >= limits.max_sequences);
         Scheduler {
             limits,
+            policy,
+            prefill_tokens: limits.step_tokens,
             cache,
             sequences: (0..places).map(|_| None).collect(),
             vacant: (0..places).rev().collect(),
             waiting: Vec::with_capacity(places),
             running: Vec::with_capacity(limits.max_sequences),
             clients: Vec::with_capacity(places),
+            turn: 0,
             arrivals: 0,
             preemptions: 0,
             batch: Vec::with_capacity(limits.max_sequences),
@@ -323,15 +349,17 @@ impl<R> Scheduler<R> {
         slot
     }
 
-    /// The place of a client in the list. One that comes anew starts at the count of the one who
-    /// was served least: absence earns nothing.
+    /// The place of a client in the list. One that comes anew has its turn with the others: absence
+    /// earns nothing.
     fn client(&mut self, id: u64) -> usize {
         if let Some(place) = self.clients.iter().position(|c| c.live > 0 && c.id == id) {
             return place;
         }
-        let live = self.clients.iter().filter(|client| client.live > 0);
-        let served = live.map(|client| client.served).min().unwrap_or(0);
-        let client = Client { id, live: 0, served };
+        if self.clients.iter().all(|client| client.live == 0) {
+            self.turn = 0;
+        }
+        self.pass_on();
+        let client = Client { id, live: 0, served: self.turn };
         match self.clients.iter().position(|c| c.live == 0) {
             Some(place) => {
                 self.clients[place] = client;
@@ -341,6 +369,17 @@ impl<R> Scheduler<R> {
                 self.clients.push(client);
                 self.clients.len() - 1
             }
+        }
+    }
+
+    /// Lets the turn pass on to the client who was served least of those who can be served, and raises
+    /// those who fell behind it because they could not.
+    fn pass_on(&mut self) {
+        let runnable = self.sequences.iter().flatten().filter(|sequence| !sequence.paused);
+        let least = runnable.map(|sequence| self.clients[sequence.client].served).min();
+        self.turn = self.turn.max(least.unwrap_or(0));
+        for client in &mut self.clients {
+            client.served = client.served.max(self.turn);
         }
     }
 
@@ -402,6 +441,37 @@ impl<R> Scheduler<R> {
         self.cache.statistics()
     }
 
+    /// The block bookkeeping, for blocks that no sequence has.
+    pub(crate) fn cache_mut(&mut self) -> &mut KvCache {
+        &mut self.cache
+    }
+
+    /// Gives prompts at most so many tokens of a step in which others write; at least 1.
+    pub(crate) fn set_prefill_tokens(&mut self, tokens: usize) {
+        assert!(tokens > 0);
+        self.prefill_tokens = tokens;
+    }
+
+    /// Tokens of prompts in the current step, if there are some and others write.
+    pub(crate) fn prompt_tokens_beside_others(&self) -> Option<usize> {
+        let prompts = self.batch.iter().filter(|work| work.count > 1);
+        let (works, tokens) =
+            prompts.fold((0, 0), |(works, tokens), work| (works + 1, tokens + work.count));
+        (works > 0 && works < self.batch.len()).then_some(tokens)
+    }
+
+    /// Takes tokens out of the middle of a computed sequence, which waits to be computed anew.
+    pub(crate) fn shorten(&mut self, slot: usize, dropped: Range<usize>) {
+        let place = self.running.iter().position(|&other| other == slot);
+        self.set_aside(place.expect("it was in the step"));
+        let sequence = self.sequence_mut(slot);
+        assert_eq!(sequence.proposals(), 0);
+        sequence.known -= dropped.len();
+        sequence.tokens.drain(dropped);
+        // What is computed again is work for the client.
+        sequence.charged = 0;
+    }
+
     /// The tokens of the current step.
     pub(crate) fn batch(&self) -> &[Work] {
         &self.batch
@@ -412,11 +482,12 @@ impl<R> Scheduler<R> {
         &self.copies
     }
 
-    /// Puts the next step together. It is empty only if every sequence is paused, or computed and
-    /// without a new token yet.
+    /// Puts the next step together. It is empty only if every sequence is paused, computed and without
+    /// a new token yet, or waits for blocks that no sequence has.
     pub(crate) fn schedule(&mut self) {
         self.batch.clear();
         self.copies.clear();
+        self.pass_on();
         self.admit();
         self.decode();
         self.prefill();
@@ -471,11 +542,10 @@ impl<R> Scheduler<R> {
                 None
             };
             let Some(admission) = admission else {
-                let priority = sequence.standing.priority;
-                match self.lowest() {
-                    Some(lowest) if self.gives_way(lowest, priority) => self.preempt(lowest),
-                    _ => break,
+                if !self.can_displace(slot) {
+                    break;
                 }
+                self.preempt(self.lowest().expect("somebody gives way"));
                 continue;
             };
             if !sequence.started {
@@ -496,7 +566,11 @@ impl<R> Scheduler<R> {
         let waiting = self.waiting.iter().copied().filter(|&slot| !self.sequence(slot).paused);
         waiting.min_by_key(|&slot| {
             let Sequence { standing, started, client, arrival, .. } = self.sequence(slot);
-            (Reverse(standing.priority), !started, self.clients[*client].served, *arrival)
+            let served = match self.policy {
+                SchedulerPolicy::Fair => self.clients[*client].served,
+                SchedulerPolicy::Fifo => 0,
+            };
+            (Reverse(standing.priority), !started, served, *arrival)
         })
     }
 
@@ -506,20 +580,36 @@ impl<R> Scheduler<R> {
         paused.or(self.running.len().checked_sub(1))
     }
 
-    /// Whether the sequence at that place makes room for one of this priority.
-    fn gives_way(&self, place: usize, priority: i32) -> bool {
-        let sequence = self.sequence(self.running[place]);
-        sequence.paused || sequence.standing.priority < priority
+    /// Whether running sequences make room for a waiting one, and enough of it.
+    fn can_displace(&mut self, slot: usize) -> bool {
+        // Its table is filled and emptied again on the way.
+        let mut waiting = self.sequences[slot].take().expect("the sequence is there");
+        let Self { sequences, cache, running, .. } = self;
+        let priority = waiting.standing.priority;
+        let count = running.len();
+        let running = running.iter().map(|&slot| sequences[slot].as_ref().expect("it is running"));
+        let ways = running.filter(|s| s.paused || s.standing.priority < priority);
+        let left = count - ways.clone().count();
+        let tables = ways.map(|sequence| &sequence.table);
+        let Sequence { table, tokens, known, .. } = &mut waiting;
+        let fits = left < count && cache.would_admit(table, &tokens[..*known], left, tables);
+        self.sequences[slot] = Some(waiting);
+        fits
+    }
+
+    /// Takes the blocks of the running sequence at that place for others, and lets it wait.
+    fn preempt(&mut self, place: usize) {
+        self.set_aside(place);
+        self.preemptions += 1;
     }
 
     /// Takes the blocks of the running sequence at that place and lets it wait.
-    fn preempt(&mut self, place: usize) {
+    fn set_aside(&mut self, place: usize) {
         let slot = self.running.remove(place);
         let sequence = self.sequences[slot].as_mut().expect("the sequence is there");
         self.cache.release(&mut sequence.table);
         sequence.computed = 0;
         self.waiting.push(slot);
-        self.preemptions += 1;
     }
 
     fn decode(&mut self) {
@@ -546,6 +636,9 @@ impl<R> Scheduler<R> {
 
     fn prefill(&mut self) {
         let mut room = self.limits.step_tokens - self.batch.len();
+        if !self.batch.is_empty() {
+            room = room.min(self.prefill_tokens);
+        }
         let mut start = 0;
         while room > 0 && start < self.running.len() {
             let priority = |slot: usize| self.sequence(slot).standing.priority;

@@ -42,6 +42,8 @@ impl Default for SessionOptions {
 
 /// A decoder on whichever device it was loaded.
 pub(crate) trait AnyDecoder: Send + Sync {
+    /// The same decoder for one more owner.
+    fn share(&self) -> Box<dyn AnyDecoder>;
     fn config(&self) -> &ModelConfig;
     fn vocab_size(&self) -> usize;
     fn backend_name(&self) -> String;
@@ -59,6 +61,10 @@ pub(crate) trait AnyDecoder: Send + Sync {
 }
 
 impl<B: Backend> AnyDecoder for Arc<Decoder<B>> {
+    fn share(&self) -> Box<dyn AnyDecoder> {
+        Box::new(self.clone())
+    }
+
     fn config(&self) -> &ModelConfig {
         Decoder::config(self)
     }

@@ -145,7 +145,7 @@ fn the_pieces_of_a_stream_make_the_whole() {
         let text: String = events.iter().map(|event| event.text.as_str()).collect();
         assert_eq!(text, expected.text);
         let ids: Vec<u32> =
-            events.iter().filter_map(|event| Some(event.token.as_ref()?.id)).collect();
+            events.iter().flat_map(|event| &event.tokens).map(|token| token.id).collect();
         assert_eq!(ids, expected.tokens);
         let (last, before) = events.split_last().unwrap();
         assert!(before.iter().all(|event| event.finish.is_none()));
@@ -154,6 +154,26 @@ fn the_pieces_of_a_stream_make_the_whole() {
         assert_eq!(finish.usage.output_tokens, ids.len());
         let prompt = encode(engine.model().unwrap(), PROMPTS[3]);
         assert_eq!(finish.usage.prompt_tokens, prompt.len());
+    }
+}
+
+#[test]
+fn gathered_tokens_come_in_fewer_pieces() {
+    let engine = tiny();
+    let expected = engine.generate(PROMPTS[3], params(70)).wait().unwrap();
+    for buffer in [5, 1000] {
+        let max_latency = std::time::Duration::from_secs(3600);
+        let config = StreamingConfig { buffer, max_latency, ..StreamingConfig::default() };
+        let stream = engine.stream(PROMPTS[3], params(70), config).unwrap();
+        let events: Vec<StreamEvent> = stream.blocking().map(Result::unwrap).collect();
+        let text: String = events.iter().map(|event| event.text.as_str()).collect();
+        let ids: Vec<u32> =
+            events.iter().flat_map(|event| &event.tokens).map(|token| token.id).collect();
+        assert_eq!((text, ids), (expected.text.clone(), expected.tokens.clone()));
+        let finish = events.last().unwrap().finish.unwrap();
+        assert_eq!(finish.usage.output_tokens, expected.tokens.len());
+        // Woken by a full ring or the end, and perhaps a few times by chance.
+        assert!(events.len() < expected.tokens.len() / 2, "{} pieces", events.len());
     }
 }
 

@@ -146,7 +146,7 @@ fn what_runs_on_a_model_that_is_swapped_ends_there_and_then_its_memory_is_free()
     assert_eq!((loaded, retired, bytes, swaps), (1, 1, old_bytes + new_bytes, 1));
     for stream in streams {
         assert_eq!(cache.statistics().retired, 1);
-        let tokens = stream.blocking().filter_map(|event| event.unwrap().token);
+        let tokens = stream.blocking().flat_map(|event| event.unwrap().tokens);
         assert_eq!(tokens.map(|token| token.id).collect::<Vec<_>>(), expected.tokens);
     }
     let CacheStatistics { loaded, retired, bytes, .. } = cache.statistics();

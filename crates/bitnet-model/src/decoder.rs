@@ -228,6 +228,32 @@ impl<B: Backend> Decoder<B> {
         Ok(())
     }
 
+    /// Appends the contents of a block to `out`, layer after layer: the same whatever the stages are.
+    pub fn kv_export(&self, kv: &Kv<B>, block: u32, out: &mut Vec<u8>) -> Result<(), CoreError> {
+        for (backend, kv) in self.backends.iter().zip(&kv.stages) {
+            out.extend_from_slice(&backend.kv_export(kv, &[block])?);
+        }
+        Ok(())
+    }
+
+    /// Restores a block that [`kv_export`](Decoder::kv_export) wrote, into the one given.
+    ///
+    /// # Errors
+    /// If `data` has another length than a block of the store.
+    pub fn kv_import(&self, kv: &mut Kv<B>, block: u32, data: &[u8]) -> Result<(), CoreError> {
+        let layers = self.config().layers.len();
+        let mut rest = data;
+        for ((backend, kv), stage) in self.backends.iter().zip(&mut kv.stages).zip(self.stages()) {
+            let (taken, after) = match stage.end == layers {
+                true => (rest, &[][..]),
+                false => rest.split_at((data.len() / layers * stage.len()).min(rest.len())),
+            };
+            backend.kv_import(kv, &[block], taken)?;
+            rest = after;
+        }
+        Ok(())
+    }
+
     /// Buffers for steps of up to `rows` tokens and `picks` rows of logits.
     pub fn workspace(&self, rows: usize, picks: usize) -> Result<Workspace<B>, CoreError> {
         let stages = self.backends.iter().map(|backend| self.activations(backend, rows));

@@ -53,7 +53,7 @@ impl Engine {
         let cache = KvCache::new(block_tokens, blocks, reuse);
         Engine {
             places: Places::new(PLACES, 1),
-            scheduler: Scheduler::new(cache, limits, PLACES),
+            scheduler: Scheduler::new(cache, limits, SchedulerPolicy::default(), PLACES),
             keys: vec![0; blocks * block_tokens],
             block_tokens,
             guesses: Random::new(9),
@@ -488,4 +488,135 @@ fn a_request_goes_to_the_replica_with_the_fewest_that_has_not_ended() {
     assert!(places.enter(|_| false).is_ok(), "the limit is one for all");
     let _last = at(&[]);
     assert_eq!(places.enter(|_| false).unwrap_err(), QueueFull { limit: 5 });
+}
+
+#[test]
+fn whoever_comes_anew_does_not_pass_a_busy_client_because_somebody_stalls() {
+    let mut engine = Engine::new(4, 100, false, Limits { max_sequences: 1, step_tokens: 8 });
+    let of = |client| Standing { client, ..Standing::default() };
+    let stalled = engine.submit(&[1; 4], 9, of(6));
+    engine.step();
+    engine.scheduler.sequence_mut(stalled).paused = true;
+    let busy: Vec<usize> = (0..4).map(|_| engine.submit(&[1; 4], 9, of(7))).collect();
+    let mut order = Vec::new();
+    while order.is_empty() {
+        order.extend(engine.step().1);
+    }
+    engine.step();
+    let new: Vec<usize> = (0..3).map(|_| engine.submit(&[2; 4], 9, of(8))).collect();
+    while order.len() < 7 {
+        order.extend(engine.step().1);
+    }
+    assert_eq!(order, [busy[0], busy[1], new[0], busy[2], new[1], busy[3], new[2]]);
+}
+
+#[test]
+fn a_client_that_stalled_has_not_saved_up_turns() {
+    let mut engine = Engine::new(4, 100, false, Limits { max_sequences: 1, step_tokens: 8 });
+    let of = |client| Standing { client, ..Standing::default() };
+    let stalled: Vec<usize> = (0..3).map(|_| engine.submit(&[1; 4], 2, of(6))).collect();
+    for &slot in &stalled {
+        engine.scheduler.sequence_mut(slot).paused = true;
+    }
+    let busy: Vec<usize> = (0..6).map(|_| engine.submit(&[1; 4], 2, of(7))).collect();
+    let mut order = Vec::new();
+    while order.len() < 3 {
+        order.extend(engine.step().1);
+    }
+    for &slot in &stalled {
+        engine.scheduler.sequence_mut(slot).paused = false;
+    }
+    while order.len() < 9 {
+        order.extend(engine.step().1);
+    }
+    assert_eq!(order[..3], busy[..3]);
+    // From here on they take turns.
+    assert_eq!(order[3..7], [stalled[0], busy[3], stalled[1], busy[4]]);
+}
+
+#[test]
+fn what_would_not_fit_even_then_displaces_nobody() {
+    let mut engine = Engine::new(2, 10, false, AMPLE);
+    let high = engine.submit(&[1; 8], 6, standing(2));
+    let low = engine.submit(&[2; 4], 4, standing(0));
+    engine.step();
+    // Six blocks, and four would be left beside the highest.
+    let middle = engine.submit(&[3; 12], 2, standing(1));
+    engine.step();
+    assert_eq!((engine.scheduler.preemptions(), engine.scheduler.counts()), (0, (2, 1)));
+    let mut order = Vec::new();
+    while order.len() < 3 {
+        order.extend(engine.step().1);
+    }
+    assert_eq!(order, [low, high, middle]);
+    assert_eq!(engine.scheduler.preemptions(), 0);
+}
+
+#[test]
+fn shared_blocks_are_room_once_all_who_share_them_give_way() {
+    let mut engine = Engine::new(2, 8, true, AMPLE);
+    let low = [0, 0].map(|priority| {
+        let slot = engine.submit(&[1; 9], 4, standing(priority));
+        engine.step();
+        engine.step();
+        slot
+    });
+    assert_eq!(engine.scheduler.sequence(low[1]).reused(), 8);
+    let high = engine.submit(&[2; 14], 2, standing(1));
+    assert!((0..5).any(|_| engine.step().1 == [high]));
+    assert_eq!(engine.scheduler.preemptions(), 2);
+}
+
+#[test]
+fn first_come_first_served_where_the_policy_says_so() {
+    let limits = Limits { max_sequences: 1, step_tokens: 8 };
+    let mut engine = Engine::new(4, 100, false, limits);
+    let cache = KvCache::new(4, 100, false);
+    engine.scheduler = Scheduler::new(cache, limits, SchedulerPolicy::Fifo, 12);
+    let of = |client, priority| Standing { client, priority, deadline: None };
+    let busy: Vec<usize> = (0..3).map(|_| engine.submit(&[1; 4], 3, of(7, 0))).collect();
+    engine.step();
+    let quiet = engine.submit(&[2; 4], 3, of(8, 0));
+    let high = engine.submit(&[2; 4], 3, of(7, 1));
+    let mut order = Vec::new();
+    while order.len() < 5 {
+        order.extend(engine.step().1);
+    }
+    assert_eq!(order, [high, busy[0], busy[1], busy[2], quiet]);
+}
+
+#[test]
+fn the_share_of_prompts_holds_where_others_write() {
+    let mut engine = Engine::new(4, 100, false, AMPLE);
+    engine.scheduler.set_prefill_tokens(3);
+    let alone = engine.submit(&[2; 12], 2, standing(0));
+    let (batch, _) = engine.step();
+    assert_eq!(batch, [Work { slot: alone, position: 0, count: 8 }]);
+    assert_eq!(engine.scheduler.prompt_tokens_beside_others(), None);
+    let mut engine = Engine::new(4, 100, false, AMPLE);
+    engine.scheduler.set_prefill_tokens(3);
+    let writing = engine.submit(&[1], 50, standing(0));
+    engine.step();
+    assert_eq!(engine.scheduler.prompt_tokens_beside_others(), None);
+    let long = engine.submit(&[2; 12], 2, standing(0));
+    let (batch, _) = engine.step();
+    let count = |slot| batch.iter().find(|work| work.slot == slot).unwrap().count;
+    assert_eq!((count(writing), count(long)), (1, 3));
+    assert_eq!(engine.scheduler.prompt_tokens_beside_others(), Some(3));
+}
+
+#[test]
+fn a_shortened_sequence_goes_on_from_what_was_kept() {
+    let mut engine = Engine::new(2, 100, true, AMPLE);
+    let slot = engine.submit(&[1, 2, 1, 0, 2, 1], 12, standing(0));
+    engine.step();
+    engine.step();
+    let tokens = engine.scheduler.sequence(slot).tokens().to_vec();
+    assert_eq!(tokens.len(), 8);
+    engine.scheduler.shorten(slot, 2..5);
+    let kept = [&tokens[..2], &tokens[5..]].concat();
+    assert_eq!(engine.scheduler.sequence(slot).tokens(), kept);
+    engine.scheduler.sequence_mut(slot).request.expected = alone(&kept, 6);
+    assert!((0..20).any(|_| engine.step().1 == [slot]));
+    assert_eq!(engine.scheduler.preemptions(), 0);
 }
