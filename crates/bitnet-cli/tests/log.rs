@@ -9,7 +9,8 @@ use support::Folder;
 const RUN: [&str; 5] = ["run", "Once upon a time", "-n", "4", "-q"];
 
 fn run(filter: Option<&str>) -> Output {
-    let mut command = Folder::new().command(&RUN);
+    let folder = Folder::new();
+    let mut command = folder.command(&RUN);
     command.env_remove("BITNET_LOG");
     if let Some(filter) = filter {
         command.env("BITNET_LOG", filter);

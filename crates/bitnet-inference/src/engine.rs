@@ -944,8 +944,8 @@ impl Requests {
     fn sweep(&mut self) {
         let cancelled = |sequence: &Sequence<Active>| sequence.request.events.is_cancelled();
         while let Some(slot) = self.scheduler.find(cancelled) {
-            let telemetry = self.remove(slot).request.telemetry;
-            telemetry.end(Outcome::Finished(FinishReason::Cancelled));
+            let sequence = self.remove(slot);
+            sequence.request.telemetry.end(Outcome::Finished(FinishReason::Cancelled));
         }
         if self.scheduler.next_deadline().is_some() {
             let now = Instant::now();
