@@ -132,6 +132,12 @@ impl InferenceEngineBuilder {
         self
     }
 
+    /// Whether a GPU computes: with `true` there must be one, with `false` the CPU does. The last of this
+    /// and [`device`](InferenceEngineBuilder::device) counts.
+    pub fn gpu(self, gpu: bool) -> Self {
+        self.device(if gpu { Device::Gpu } else { Device::Cpu })
+    }
+
     /// Threads that compute, for each replica; unless it is said, the physical cores are shared out
     /// among the replicas.
     pub fn threads(mut self, threads: usize) -> Self {

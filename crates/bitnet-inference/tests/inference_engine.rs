@@ -372,6 +372,9 @@ fn what_cannot_be_done_is_refused_with_the_reason() {
 
     let error = InferenceEngine::with_device(Device::Mlx).err().unwrap().to_string();
     assert!(error.contains("mlx"), "{error}");
+    let error = InferenceEngine::builder().gpu(true).build().err().unwrap().to_string();
+    assert!(error.contains("gpu"), "{error}");
+    assert!(InferenceEngine::builder().gpu(true).gpu(false).build().is_ok());
     let error = InferenceEngine::builder().replicas(0).build().err().unwrap().to_string();
     assert!(error.contains("the number of replicas is 0; give 1 to 64"), "{error}");
     let error = InferenceEngine::builder().max_batch_size(0).build().err().unwrap().to_string();
