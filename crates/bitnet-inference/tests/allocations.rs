@@ -112,10 +112,11 @@ fn the_engine_allocates_nothing_between_admissions() {
         };
         let engine = engine.unwrap();
         // The kernels' room grows with the rows of a step, and a step of one row takes a way of its
-        // own: here both models meet the fewest and the most.
+        // own: here both models meet the fewest and the most, of requests so long that the first is
+        // there still when the last one comes, however busy the machine is.
         for (requests, guesses) in [(1, false), (1, speculates), (16, speculates)] {
             let streams = (0..requests).map(|_| {
-                let mut request = Request::new(vec![7; 20], SamplingParams::default(), 40);
+                let mut request = Request::new(vec![7; 20], SamplingParams::default(), 300);
                 request.speculation = guesses.then(Speculation::draft_model);
                 engine.submit(request).unwrap()
             });
