@@ -21,6 +21,9 @@ use llguidance::toktrie::{ApproximateTokEnv, INVALID_TOKEN, TokEnv, TokRxInfo, T
 use llguidance::{ParserFactory, TokenParser};
 use serde_json::{Value, json};
 
+/// What may stand between two parts of a JSON text.
+const WHITE_SPACE: &str = r"[ \n\r\t]{1,24}";
+
 /// Longest text of a constraint, in bytes.
 const MOST_BYTES: usize = 64 << 10;
 
@@ -69,8 +72,9 @@ pub enum Constraint {
     /// Any JSON object.
     JsonObject,
     /// JSON that a schema describes. Keywords that cannot be kept are refused, those that JSON Schema
-    /// does not know are ignored, as it says. `$ref` leads to places in the same schema. White space is
-    /// free unless `"x-guidance": {"whitespace_flexible": false}` stands in it.
+    /// does not know are ignored, as it says. `$ref` leads to places in the same schema. White space
+    /// between two parts is up to the model, but no longer than 24 characters, because some would write
+    /// nothing else for ever; `"x-guidance": {"whitespace_flexible": false}` in the schema forbids it.
     JsonSchema(String),
     /// A regular expression in the syntax of the `regex` crate, for the whole output; without
     /// look-around, anchors and back references.
@@ -101,12 +105,12 @@ impl Constraint {
             return Err(ConstraintError::TooLong { kind, bytes: text.len(), limit: MOST_BYTES });
         }
         Ok(match self {
-            Constraint::JsonObject => TopLevelGrammar::from_json_schema(json!({"type": "object"})),
+            Constraint::JsonObject => json_grammar(json!({"type": "object"})),
             Constraint::JsonSchema(text) => {
                 let schema = serde_json::from_str(text)
                     .map_err(|error| invalid(format!("it is not JSON: {error}")))?;
                 check_schema(&schema).map_err(invalid)?;
-                TopLevelGrammar::from_json_schema(schema)
+                json_grammar(schema)
             }
             Constraint::Regex(text) => TopLevelGrammar::from_regex(text),
             Constraint::Lark(text) => {
@@ -122,6 +126,14 @@ impl Constraint {
             }
         })
     }
+}
+
+/// The grammar of a schema, with white space of bounded length where the schema does not say.
+fn json_grammar(mut schema: Value) -> TopLevelGrammar {
+    if let Some(schema) = schema.as_object_mut() {
+        schema.entry("x-guidance").or_insert(json!({"whitespace_pattern": WHITE_SPACE}));
+    }
+    TopLevelGrammar::from_json_schema(schema)
 }
 
 /// Why a constraint cannot be kept.

@@ -9,6 +9,7 @@ use bitnet_inference::{
     GenerateOptions, Generation, GenerationParams, InferenceEngine, Model, ModelOptions, Request,
     SamplingParams, SessionOptions, TokenStream, generate,
 };
+use bitnet_model::tokenizer::Special;
 use bitnet_testing::{golden, tiny_model};
 use regex::Regex;
 use serde_json::Value;
@@ -228,6 +229,24 @@ fn any_object_is_one_and_any_value_too() {
         println!("{constraint:?}: {finished} of 20 finished");
         assert!(finished > 0);
     }
+}
+
+/// A model that would write line breaks for ever, between the parts of an object, cannot.
+#[test]
+fn white_space_comes_to_an_end() {
+    let model = open("tiny");
+    let line_break = model.tokenizer().encode("\n", false, Special::Recognised).unwrap();
+    let schema = r#"{"type": "object", "properties": {"a": {"enum": [1]}}, "required": ["a"],
+        "additionalProperties": false}"#;
+    let mut options = constrained(&model, Constraint::JsonSchema(schema.to_owned()), 300);
+    let last = *line_break.last().unwrap();
+    options.sampling = SamplingParams { logit_bias: vec![(last, 1e6)], ..options.sampling };
+    let generation = alone(&model, &[1], &options).unwrap();
+    assert_eq!(generation.finish_reason, FinishReason::Stop, "{:?}", generation.text);
+    assert!(generation.text.contains(&"\n".repeat(24)), "{:?}", generation.text);
+    assert!(!generation.text.contains(&"\n".repeat(25)), "{:?}", generation.text);
+    let value: Value = serde_json::from_str(&generation.text).unwrap();
+    assert_eq!(value["a"], 1);
 }
 
 #[test]
