@@ -167,7 +167,7 @@ impl Costs {
     /// Bytes of a row of the screen of the head.
     fn screened_row_bytes(&self) -> f64 {
         let bytes = screen::byte_len(self.head_rows as usize, self.hidden as usize);
-        bytes.unwrap_or(0) as f64 / self.head_rows as f64
+        bytes.unwrap_or(0) as f64 / self.head_rows.max(1) as f64
     }
 
     /// Work per token of a test with these savings.
@@ -307,6 +307,14 @@ mod tests {
         let spans: Vec<_> = steps.iter().map(|step| step.spans.clone()).collect();
         assert_eq!(spans, [vec![(0, 10..106), (1, 10..42)], vec![(1, 42..106)]]);
         assert_eq!([&steps[0].picks[..], &steps[1].picks[..]], [&[95], &[63]]);
+    }
+
+    #[test]
+    fn a_model_without_a_head_reads_none() {
+        let costs = Costs { head_rows: 0, head_row_bytes: 0, ..costs_of_2b() };
+        let work = costs.work(&test(Kind::Prefill, 128, 0, 1), &Savings::default());
+        assert_eq!((work.head_bytes, work.head_macs), (0.0, 0.0));
+        assert_eq!(work.ternary_bytes, 521_011_200.0 / 128.0);
     }
 
     #[test]
