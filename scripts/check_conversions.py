@@ -235,7 +235,7 @@ def check_transformers(folder):
             model = AutoModelForCausalLM.from_pretrained(
                 path, dtype=torch.float32, attn_implementation="eager")
             # What it unpacks itself has the type of config.json.
-            model = model.float()
+            model = torch.nn.Module.float(model)
             tokenizer = AutoTokenizer.from_pretrained(path)
             text = "Once upon a time, 12345 dogs\n\tdidn't say naïve 日本語."
             ids = json.loads(bitnet("tokenize", text, "-m", source, "--json"))["ids"]

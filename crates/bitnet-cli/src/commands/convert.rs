@@ -80,10 +80,6 @@ fn measure_dense(
     text: Option<&Path>,
     messages: &Messages,
 ) -> Result<Measured> {
-    messages.note(
-        "ternarising keeps the sign of each weight and one size per matrix: without training \
-         afterwards the model is ruined",
-    );
     let text = text.map_or_else(|| Ok(PASSAGE.to_owned()), super::read_text)?;
     let description = &checkpoint.description;
     let mut tokens = description.tokenizer.encode(&text, true, Special::AsText)?;
@@ -92,7 +88,12 @@ fn measure_dense(
         messages.progress(&format!("measured {done} of {all} layers"));
     });
     messages.progress("");
-    Ok(Measured { tokens, report: report? })
+    let report = report?;
+    messages.note(
+        "ternarising keeps the sign of each weight and one size per matrix: without training \
+         afterwards the model is ruined",
+    );
+    Ok(Measured { tokens, report })
 }
 
 impl Measured {
