@@ -140,8 +140,7 @@ fn choices_after_a_text_that_is_read_once_are_scored_as_whole_texts_are() {
         let mut rows = Vec::new();
         let mut session = model.session(SessionOptions::default()).unwrap();
         session.feed_showing_all(&whole, |logits| rows.push(log_softmax(logits))).unwrap();
-        let expected: f64 =
-            (text.len()..whole.len()).map(|i| rows[i - 1][whole[i] as usize]).sum();
+        let expected: f64 = (text.len()..whole.len()).map(|i| rows[i - 1][whole[i] as usize]).sum();
         assert!((logprob - expected).abs() < 1e-9, "{choice:?}: {logprob} and {expected}");
     }
     let none: [&[u32]; 1] = [&[]];
