@@ -3,7 +3,7 @@
 //! They become the defaults of `clap`'s arguments before the command line is read. So every flag of
 //! every command can be set, and no command knows of it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::ffi::OsString;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
@@ -64,11 +64,14 @@ impl Settings {
         let chosen = typed.as_ref().and_then(|m| m.get_one::<String>("use_profile")).cloned();
         let chosen = chosen.or_else(|| env::var(USE).ok().filter(|name| !name.is_empty()));
         let mut settings = Settings { path: path(), ..Settings::default() };
+        let is_not_there = |error: &io::Error| {
+            matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+        };
         if let Some(path) = settings.path.clone() {
             match fs::read_to_string(&path) {
                 Ok(text) => settings.read_file(cli, &path, &text, chosen.as_deref())?,
                 // A file that was asked for by name has to be there.
-                Err(error) if error.kind() == io::ErrorKind::NotFound && !is_named() => {}
+                Err(error) if is_not_there(&error) && !is_named() => {}
                 Err(error) => bail!("{}: cannot be read: {error}", path.display()),
             }
         }
@@ -129,11 +132,9 @@ impl Settings {
     }
 
     fn read_environment(&mut self, cli: &Command) -> Result<()> {
-        let names: BTreeMap<String, &Arg> = commands(cli)
-            .flat_map(Command::get_arguments)
-            .filter_map(|argument| Some((settable(argument)?.to_owned(), argument)))
-            .collect();
-        for flag in names.into_keys() {
+        let flags: BTreeSet<&str> =
+            commands(cli).flat_map(Command::get_arguments).filter_map(settable).collect();
+        for flag in flags {
             let variable = format!("{PREFIX}{}", flag.replace('-', "_").to_uppercase());
             let Some(value) = env::var_os(&variable).filter(|value| !value.is_empty()) else {
                 continue;
@@ -141,12 +142,13 @@ impl Settings {
             let Some(value) = value.to_str().map(str::to_owned) else {
                 bail!("{variable}: is not UTF-8 text");
             };
-            for (_, argument) in with_flag(cli, None, &flag) {
+            for argument in with_flag(cli, None, flag) {
                 let values = split(argument, &value);
                 refuse_wrong(argument, &values)
                     .map_err(|reason| anyhow!("{variable}: {reason}"))?;
             }
             let values = vec![value];
+            let flag = flag.to_owned();
             self.list.push(Setting { command: None, flag, values, origin: variable });
         }
         Ok(())
@@ -267,16 +269,16 @@ fn settable(argument: &Arg) -> Option<&str> {
     argument.get_long().filter(|_| has_default)
 }
 
-/// The arguments with this long name, and their commands: of one command, or of all.
+/// The arguments with this long name, of one command or of all.
 fn with_flag<'a>(
     cli: &'a Command,
     command: Option<&'a str>,
     flag: &'a str,
-) -> impl Iterator<Item = (&'a Command, &'a Arg)> {
+) -> impl Iterator<Item = &'a Arg> {
     commands(cli)
         .filter(move |c| command.is_none_or(|name| c.get_name() == name))
-        .flat_map(|c| c.get_arguments().map(move |argument| (c, argument)))
-        .filter(move |(_, argument)| argument.get_long() == Some(flag))
+        .flat_map(Command::get_arguments)
+        .filter(move |argument| argument.get_long() == Some(flag))
 }
 
 fn is_switch(argument: &Arg) -> bool {
@@ -381,12 +383,10 @@ impl File<'_> {
             return Ok(());
         }
         let cli = self.cli;
-        let arguments: Vec<&Arg> =
-            with_flag(cli, command, name).map(|(_, argument)| argument).collect();
-        let settable_ones: Vec<&&Arg> =
-            arguments.iter().filter(|argument| settable(argument).is_some()).collect();
-        if settable_ones.is_empty() {
-            if !arguments.is_empty() {
+        let (arguments, required): (Vec<&Arg>, Vec<&Arg>) =
+            with_flag(cli, command, name).partition(|argument| settable(argument).is_some());
+        if arguments.is_empty() {
+            if !required.is_empty() {
                 bail!("{at}: --{name} has no default: type it each time");
             }
             let whose = command.map_or("no command has a".to_owned(), |c| format!("`{c}` has no"));
@@ -399,7 +399,7 @@ impl File<'_> {
         let values = values(value.get_ref())
             .ok_or_else(|| anyhow!("{at}: {name} is a text, a number, true, false or a list"))?;
         let is_bool = matches!(value.get_ref(), DeValue::Boolean(_));
-        for argument in settable_ones {
+        for argument in arguments {
             let reason = match is_switch(argument) != is_bool {
                 true if is_bool => Err("takes a value and not true or false".to_owned()),
                 true => Err("is on or off: give true or false".to_owned()),
