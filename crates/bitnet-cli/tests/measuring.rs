@@ -11,7 +11,7 @@ const STORY: &str =
     "Once upon a time there was a little girl named Lily. She loved to play outside.";
 
 const QUESTIONS: &str = r#"
-{"prompt": "Once upon a time there was a little girl named", "choices": ["zebra of", "Lily."], "answer": 1}
+{"prompt": "Once upon a time there was a little girl named", "choices": ["zebra the of", "Lily."], "answer": 1}
 {"question": "Is it?", "choices": ["no"], "answer": 0}
 {"query": "The dog was very", "choices": ["happy", "of", "walk"], "gold": 0}
 not JSON
@@ -90,7 +90,7 @@ fn questions_are_answered_and_lines_that_are_none_left_out() {
         (&rows[0]["line"], &rows[0]["choice"], &rows[0]["answer"]),
         (&2.into(), &1.into(), &1.into())
     );
-    assert_eq!(rows[0]["bytes"], serde_json::json!([8, 5]));
+    assert_eq!(rows[0]["bytes"], serde_json::json!([12, 5]));
 
     let table = folder.run(&["eval", "q.jsonl", "-q"]);
     assert!(table.stdout.contains("acc       0.7500          0.2500\n"), "{}", table.stdout);
@@ -117,6 +117,31 @@ fn choices_are_scored_as_texts_are() {
     for (i, text) in ["Once upon a time", "Once upon there"].iter().enumerate() {
         let logprob = eval["rows"][0]["logprobs"][i].as_f64().unwrap();
         assert!((logprob + nll(text) - prompt).abs() < 1e-9, "{text}");
+    }
+}
+
+/// Sums that transformers 5.23.0 (torch 2.9.1, float32, eager attention) gives for `tiny-trained`: of
+/// `log_softmax` over the tokens of prompt, space and choice that come after those of the prompt.
+const BY_TRANSFORMERS: [&[f64]; 4] = [
+    &[-34.6808677, -0.6873646],
+    &[-2.1553590, -13.0803661, -8.1509142],
+    &[-1.7061594, -10.3709776, -15.3728223],
+    &[-17.3262949, -27.8530636],
+];
+
+#[test]
+fn choices_have_the_log_probabilities_that_transformers_gives() {
+    let Some(model) = bitnet_testing::golden("tiny-trained") else { return };
+    let folder = Folder::new();
+    folder.write("q.jsonl", QUESTIONS);
+    let run = folder.run(&["eval", "q.jsonl", "--json", "-m", model.to_str().unwrap()]);
+    let json: Value = serde_json::from_str(&run.stdout).unwrap();
+    for (row, expected) in json["rows"].as_array().unwrap().iter().zip(BY_TRANSFORMERS) {
+        for (logprob, expected) in row["logprobs"].as_array().unwrap().iter().zip(expected) {
+            // An int8 rounding may fall to the other side (docs/numerics.md).
+            let error = (logprob.as_f64().unwrap() / expected - 1.0).abs();
+            assert!(error < 2e-3, "{logprob} and {expected}");
+        }
     }
 }
 

@@ -13,7 +13,7 @@ const WIDTH: f64 = 760.0;
 const MARGIN: f64 = 28.0;
 const ROW: f64 = 34.0;
 const BAR: f64 = 16.0;
-const CHARACTER: f64 = 8.2;
+const CHARACTER: f64 = 8.6;
 /// Room for the figure at the end of the longest bar.
 const FIGURE: f64 = 64.0;
 

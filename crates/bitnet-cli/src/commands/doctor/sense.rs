@@ -30,7 +30,7 @@ const LARGEST_SHARE: f64 = 0.1;
 
 const PROMPT: &str = "Once upon a time";
 const TOKENS: usize = 24;
-/// Tokens of the continuation that may be the same one.
+/// Most tokens of the continuation that may be the same one.
 const MOST_ALIKE: usize = TOKENS * 2 / 3;
 
 /// Checks a model that writes text.
