@@ -3,6 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
 /// Whether the last thing on stdout is text whose line is still open. Changed only by who holds the
@@ -76,6 +77,23 @@ impl Messages {
         if !self.quiet && io::stderr().is_terminal() {
             let _ = write!(io::stderr(), "\r\x1b[K{text}");
         }
+    }
+
+    /// A bar of how much is done of `total` things that are called `unit`, with their rate and the
+    /// remaining time; drawn only where somebody may be watching. What its message says stands last.
+    pub fn bar(&self, total: u64, unit: &str) -> ProgressBar {
+        let target = match self.quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr(),
+        };
+        let template =
+            format!("{{bar:16}} {{pos}}/{{len}} {unit}, {{rate}}/s, {{eta}} left{{msg}}");
+        let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            let _ = text.write_str(&number(state.per_sec()));
+        };
+        let style = ProgressStyle::with_template(&template).expect("a template without mistakes");
+        let style = style.with_key("rate", rate);
+        ProgressBar::with_draw_target(Some(total), target).with_style(style)
     }
 
     /// Lines that were asked for beside the result.

@@ -6,7 +6,7 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 15] = [
     "run",
     "logits",
     "tokenize",
@@ -17,6 +17,9 @@ const COMMANDS: [&str; 12] = [
     "devices",
     "doctor",
     "bench",
+    "perplexity",
+    "eval",
+    "config",
     "completions",
     "man",
 ];
