@@ -67,7 +67,7 @@ pub enum Command {
     Detokenize(DetokenizeArgs),
     /// Turn a text into one vector, with an embedding model
     Embed(EmbedArgs),
-    /// Write a model as a .bitnet file, which starts at once
+    /// Write a model in another format: .bitnet, GGUF or Hugging Face
     Convert(ConvertArgs),
     /// Describe a model without loading its weights
     Info(InfoArgs),
