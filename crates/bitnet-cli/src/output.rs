@@ -120,11 +120,11 @@ pub struct ByteBar(ProgressBar);
 impl ByteBar {
     /// How far it is, and with what.
     pub fn show(&self, name: &str, bytes: u64, all: u64) {
-        if self.0.length() != Some(all) {
-            self.0.set_length(all);
-        }
         if self.0.message() != name {
             self.0.set_message(name.to_owned());
+        }
+        if self.0.length() != Some(all) {
+            self.0.set_length(all);
         }
         self.0.set_position(bytes);
     }
