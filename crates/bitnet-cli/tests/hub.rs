@@ -202,6 +202,35 @@ fn what_is_killed_at_any_moment_is_finished_by_the_next() {
 
 #[cfg(unix)]
 #[test]
+fn ctrl_c_leaves_what_has_come_for_the_next_time() {
+    let (folder, hub) = (Folder::new(), hub());
+    hub.set_pace(20_000, Duration::from_millis(20));
+    let mut command = online(&folder, &hub, &["pull", NAME]);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let has_begun = |path: &Path| {
+        let blobs = fs::read_dir(path).into_iter().flatten();
+        let sizes = blobs.map(|blob| blob.unwrap().metadata().map_or(0, |metadata| metadata.len()));
+        sizes.max() > Some(500_000)
+    };
+    while !has_begun(&folder.path("hf/hub/models--org--story/blobs")) {
+        thread::sleep(Duration::from_millis(5));
+    }
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!((output.status.code(), output.stdout.as_slice()), (Some(130), &b""[..]));
+    assert_eq!(String::from_utf8(output.stderr).unwrap(), "fetching org/story\n");
+
+    hub.take_asked();
+    hub.set_pace(usize::MAX, Duration::ZERO);
+    done(online(&folder, &hub, &["pull", NAME]));
+    let asked = hub.take_asked();
+    assert!(asked.iter().any(|asked| asked.storage && asked.range.is_some()), "{asked:?}");
+    assert_eq!(contents(&folder), undisturbed(&hub));
+}
+
+#[cfg(unix)]
+#[test]
 fn a_file_that_may_not_grow_is_reported_and_gone_on_with() {
     let (folder, hub) = (Folder::new(), hub());
     let pull = online(&folder, &hub, &["pull", NAME]);

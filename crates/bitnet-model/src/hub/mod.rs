@@ -74,6 +74,19 @@ pub type OnProgress<'a> = &'a mut dyn FnMut(FetchProgress<'_>) -> ControlFlow<()
 ///
 /// # Errors
 /// As [`Hub::pull`].
+///
+/// ```no_run
+/// use std::ops::ControlFlow;
+/// use bitnet_model::{hub, source};
+///
+/// let name = "microsoft/bitnet-b1.58-2B-4T";
+/// hub::fetch(name, &mut |now| {
+///     eprintln!("{} of {} bytes", now.bytes, now.total_bytes);
+///     ControlFlow::Continue(())
+/// })?;
+/// let checkpoint = source::open(name)?;
+/// # Ok::<(), bitnet_model::Error>(())
+/// ```
 pub fn fetch(model: &str, progress: OnProgress<'_>) -> Result<Option<Pulled>, HubError> {
     if model == TINY || Path::new(model).exists() {
         return Ok(None);
