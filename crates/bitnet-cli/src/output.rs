@@ -3,7 +3,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
 
 /// Whether the last thing on stdout is text whose line is still open. Changed only by who holds the
@@ -87,18 +87,34 @@ impl Messages {
 
     /// A bar for bytes of which `there` need not come any more. Only where somebody may be watching.
     pub fn byte_bar(&self, there: u64) -> ByteBar {
-        let target = match self.quiet {
-            true => ProgressDrawTarget::hidden(),
-            false => ProgressDrawTarget::stderr(),
-        };
         let style = "{msg} {wide_bar} {decimal_bytes} of {decimal_total_bytes} \
                      {decimal_bytes_per_sec} {eta} left";
-        let style = ProgressStyle::with_template(style).expect("a template that is read");
+        let style = ProgressStyle::with_template(style).expect("a template without mistakes");
         // The rate is that of what comes.
-        let bar = ProgressBar::with_draw_target(None, target).with_position(there);
+        let bar = ProgressBar::with_draw_target(None, self.bar_target()).with_position(there);
         bar.set_style(style.progress_chars("=> "));
         BAR_IS_SHOWN.store(!bar.is_hidden(), Ordering::Relaxed);
         ByteBar(bar)
+    }
+
+    /// A bar of how much is done of `total` things that are called `unit`, with their rate and the
+    /// remaining time; drawn only where somebody may be watching. What its message says stands last.
+    pub fn bar(&self, total: u64, unit: &str) -> ProgressBar {
+        let template =
+            format!("{{bar:16}} {{pos}}/{{len}} {unit}, {{rate}}/s, {{eta}} left{{msg}}");
+        let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            let _ = text.write_str(&number(state.per_sec()));
+        };
+        let style = ProgressStyle::with_template(&template).expect("a template without mistakes");
+        let style = style.with_key("rate", rate);
+        ProgressBar::with_draw_target(Some(total), self.bar_target()).with_style(style)
+    }
+
+    fn bar_target(&self) -> ProgressDrawTarget {
+        match self.quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr(),
+        }
     }
 
     /// Lines that were asked for beside the result.

@@ -6,7 +6,7 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 15] = [
+const COMMANDS: [&str; 18] = [
     "run",
     "logits",
     "tokenize",
@@ -20,6 +20,9 @@ const COMMANDS: [&str; 15] = [
     "devices",
     "doctor",
     "bench",
+    "perplexity",
+    "eval",
+    "config",
     "completions",
     "man",
 ];

@@ -2,15 +2,18 @@
 
 mod bench;
 mod completions;
+mod config;
 mod convert;
 mod detokenize;
 mod devices;
 mod doctor;
 mod embed;
+mod eval;
 mod info;
 mod list;
 mod logits;
 mod man;
+mod perplexity;
 mod profile;
 mod pull;
 mod rm;
@@ -35,6 +38,7 @@ use crate::args::{
     ActivationsChoice, Command, DeviceChoice, FileArgs, I2sLayoutChoice, KvTypeChoice, ModelArgs,
 };
 use crate::output::Messages;
+use crate::settings::Settings;
 
 /// The flags are wrong in a way that only their meaning shows.
 #[derive(Debug)]
@@ -48,8 +52,8 @@ impl std::fmt::Display for WrongUsage {
 
 impl std::error::Error for WrongUsage {}
 
-/// Runs one command.
-pub fn run(command: Command, messages: &Messages) -> Result<()> {
+/// Runs one command. `settings` have become defaults of its flags already.
+pub fn run(command: Command, settings: &Settings, messages: &Messages) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, messages),
         Command::Logits(args) => logits::run(args, messages),
@@ -64,6 +68,9 @@ pub fn run(command: Command, messages: &Messages) -> Result<()> {
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
         Command::Bench(args) => bench::run(args, messages),
+        Command::Perplexity(args) => perplexity::run(args, messages),
+        Command::Eval(args) => eval::run(args, messages),
+        Command::Config(args) => config::run(args, settings),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args, messages),
     }
