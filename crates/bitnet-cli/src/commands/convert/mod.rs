@@ -32,6 +32,7 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
     let target = target(&args)?;
     let load = LoadOptions { ternarise: args.ternarise, ..super::load_options(&args.file) };
     let path = Path::new(&args.output);
+    super::pull::fetch(&args.input, messages)?;
     let checkpoint = source::open(&args.input)?;
     let dense = match args.ternarise {
         true => Some(Measured::of(&checkpoint, args.text.as_deref(), messages)?),
