@@ -1,8 +1,8 @@
 //! What a step takes from the heap. In a program of its own, because it counts every thread.
 
 use std::alloc::{GlobalAlloc, Layout, System};
-use std::sync::atomic::{AtomicUsize, Ordering};
-
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use bitnet_core::backend::KvType;
@@ -112,15 +112,25 @@ fn the_engine_allocates_nothing_between_admissions() {
         };
         let engine = engine.unwrap();
         // The kernels' room grows with the rows of a step, and a step of one row takes a way of its
-        // own: here both models meet the fewest and the most, of requests so long that the first is
-        // there still when the last one comes, however busy the machine is.
+        // own: here both models meet the fewest and the most. A request before the others keeps the
+        // engine until they are there, however busy the machine is.
         for (requests, guesses) in [(1, false), (1, speculates), (16, speculates)] {
-            let streams = (0..requests).map(|_| {
+            let all_are_there = Arc::new(AtomicBool::new(false));
+            let wait = all_are_there.clone();
+            let mut before = Request::new(vec![7; 20], SamplingParams::default(), 1);
+            before.processors.push(Box::new(move |_: &[u32], _: usize, _: &mut [f32]| {
+                while !wait.load(Ordering::SeqCst) {
+                    std::thread::yield_now();
+                }
+            }));
+            let mut streams = vec![engine.submit(before).unwrap()];
+            streams.extend((0..requests).map(|_| {
                 let mut request = Request::new(vec![7; 20], SamplingParams::default(), 300);
                 request.speculation = guesses.then(Speculation::draft_model);
                 engine.submit(request).unwrap()
-            });
-            for mut stream in streams.collect::<Vec<_>>() {
+            }));
+            all_are_there.store(true, Ordering::SeqCst);
+            for mut stream in streams {
                 while stream.next().is_some() {}
             }
         }
