@@ -10,6 +10,7 @@ pub mod error;
 pub mod formats;
 mod known;
 mod pipeline;
+mod protobuf;
 pub mod shapes;
 pub mod source;
 pub mod tokenizer;
