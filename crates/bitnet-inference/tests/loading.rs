@@ -9,9 +9,10 @@ use bitnet_inference::{
     Device, Error, GenerateOptions, GenerationParams, InferenceEngine, Model, ModelOptions,
     SamplingParams, SessionOptions, WeightBytes, generate,
 };
+use bitnet_model::convert::{self, Options, Target};
 use bitnet_model::tokenizer::Special;
-use bitnet_model::weights::{LoadOptions, least_bytes};
-use bitnet_model::{Error as ModelError, convert, source};
+use bitnet_model::weights::least_bytes;
+use bitnet_model::{Error as ModelError, source};
 use bitnet_testing::{golden, tiny_model};
 
 const PROMPT: &str = "Once upon a time";
@@ -49,7 +50,7 @@ fn session_tokens(model: &Model) -> Vec<u32> {
 fn native(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.bitnet");
     let checkpoint = source::open("tiny").unwrap();
-    convert::to_native(&checkpoint, &path, LoadOptions::default(), |_, _| {}).unwrap();
+    convert::to(&checkpoint, &path, &Target::Native, Options::default(), |_, _| {}).unwrap();
     path
 }
 

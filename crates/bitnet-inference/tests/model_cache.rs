@@ -8,8 +8,8 @@ use bitnet_inference::{
     CacheStatistics, Error, GenerationParams, InferenceEngine, MemorySize, Model, ModelCache,
     ModelOptions, StreamingConfig,
 };
-use bitnet_model::weights::LoadOptions;
-use bitnet_model::{convert, source};
+use bitnet_model::convert::{self, Options, Target};
+use bitnet_model::source;
 use bitnet_testing::{Random, golden};
 
 const PROMPT: &str = "Once upon a time";
@@ -28,7 +28,8 @@ impl Files {
         let convert = |model: &str, name: &str| {
             let path = folder.path().join(name);
             let checkpoint = source::open(model).unwrap();
-            convert::to_native(&checkpoint, &path, LoadOptions::default(), |_, _| {}).unwrap();
+            convert::to(&checkpoint, &path, &Target::Native, Options::default(), |_, _| {})
+                .unwrap();
             path
         };
         let story = convert("tiny", "story.bitnet");

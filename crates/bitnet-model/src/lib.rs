@@ -9,6 +9,7 @@ pub mod decoder;
 pub mod error;
 pub mod formats;
 mod known;
+mod output;
 mod pipeline;
 mod protobuf;
 pub mod shapes;

@@ -13,7 +13,7 @@ use std::sync::{Mutex, PoisonError};
 
 use bitnet_core::backend::{KvType, Span};
 use bitnet_cpu::{CpuBackend, CpuOptions};
-use bitnet_model::convert::to_native;
+use bitnet_model::convert;
 use bitnet_model::decoder::Step;
 use bitnet_model::formats::index::ShardIndex;
 use bitnet_model::formats::{Tensors, gguf, native, pickle, safetensors};
@@ -143,7 +143,8 @@ fn native_seed() -> Seed {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.bitnet");
     let tiny = source::open(source::TINY).unwrap();
-    to_native(&tiny, &path, LoadOptions::default(), |_, _| ()).unwrap();
+    convert::to(&tiny, &path, &convert::Target::Native, convert::Options::default(), |_, _| ())
+        .unwrap();
     let bytes = std::fs::read(path).unwrap();
     let place = |text: &[u8]| bytes.windows(text.len()).position(|w| w == text).unwrap();
     let (digests, table) = (place(b"sha256:"), place(b"\"tokenizer.bytes\""));

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::config::{ModelConfig, Precision, TensorNames, WeightRule};
-use bitnet_model::convert::to_native;
+use bitnet_model::convert::{self, Options, Target};
 use bitnet_model::formats::native::{self, VERSION};
 use bitnet_model::source::{self, Checkpoint, TINY};
 use bitnet_model::tokenizer::{Special, Tokenizer};
@@ -42,7 +42,14 @@ fn open(path: &Path) -> Result<Checkpoint, String> {
 
 fn write_tiny(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.bitnet");
-    to_native(&source::open(TINY).unwrap(), &path, LoadOptions::default(), |_, _| ()).unwrap();
+    convert::to(
+        &source::open(TINY).unwrap(),
+        &path,
+        &Target::Native,
+        Options::default(),
+        |_, _| (),
+    )
+    .unwrap();
     path
 }
 
@@ -101,7 +108,10 @@ fn assert_comes_back(name: &str, before: &Checkpoint) {
     let folder = folder();
     let path = folder.path().join("model.bitnet");
     let mut told = Vec::new();
-    to_native(before, &path, LoadOptions::default(), |done, all| told.push((done, all))).unwrap();
+    convert::to(before, &path, &Target::Native, Options::default(), |done, all| {
+        told.push((done, all))
+    })
+    .unwrap();
     let all = told[0].1;
     assert_eq!(told, (1..=all).map(|done| (done, all)).collect::<Vec<_>>(), "{name}");
     let after = open(&path).unwrap();
@@ -123,7 +133,7 @@ fn assert_comes_back(name: &str, before: &Checkpoint) {
 
     // Converting what is native already gives the same bytes, and so does converting again.
     let again = folder.path().join("again");
-    to_native(&after, &again, LoadOptions::default(), |_, _| ()).unwrap();
+    convert::to(&after, &again, &Target::Native, Options::default(), |_, _| ()).unwrap();
     assert!(fs::read(&path).unwrap() == fs::read(&again).unwrap(), "{name}: other bytes");
 }
 
@@ -272,13 +282,19 @@ fn a_conversion_that_ends_early_leaves_what_was_there() {
     let path = folder.path().join("model.bitnet");
     let part = folder.path().join("model.bitnet.part");
     let mut seen = 0;
-    to_native(&source::open(TINY).unwrap(), &path, LoadOptions::default(), |_, _| {
-        // Ending here leaves this file.
-        let bytes = fs::read(&part).unwrap();
-        assert!(native::from_bytes(bytes.into(), &part).is_err());
-        assert!(!path.exists());
-        seen += 1;
-    })
+    convert::to(
+        &source::open(TINY).unwrap(),
+        &path,
+        &Target::Native,
+        Options::default(),
+        |_, _| {
+            // Ending here leaves this file.
+            let bytes = fs::read(&part).unwrap();
+            assert!(native::from_bytes(bytes.into(), &part).is_err());
+            assert!(!path.exists());
+            seen += 1;
+        },
+    )
     .unwrap();
     assert!(seen > 28 && !part.exists());
 
@@ -287,7 +303,8 @@ fn a_conversion_that_ends_early_leaves_what_was_there() {
     let mut broken = source::open(TINY).unwrap();
     broken.description.config.layers.push(broken.description.config.layers[0]);
     fs::write(&part, b"left by an interrupted conversion").unwrap();
-    let error = to_native(&broken, &path, LoadOptions::default(), |_, _| ()).unwrap_err();
+    let error =
+        convert::to(&broken, &path, &Target::Native, Options::default(), |_, _| ()).unwrap_err();
     assert!(error.to_string().contains("`layers.4."), "{error}");
     assert!(fs::read(&path).unwrap() == before && !part.exists());
 }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use bitnet_core::budget::human_bytes;
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
-use bitnet_model::convert;
+use bitnet_model::convert::{self, Options, Target};
 use bitnet_model::source;
 use bitnet_model::weights::LoadOptions;
 
@@ -21,13 +21,14 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
     let load = super::load_options(&args.file);
     let path = Path::new(&args.output);
     let checkpoint = source::open(&args.input)?;
-    match args.to {
-        TargetFormat::Bitnet => convert::to_native(&checkpoint, path, load, |done, all| {
-            messages.progress(&format!("{done} of {all} parts"));
-        }),
-    }
-    .inspect_err(|_| messages.progress(""))?;
+    let target = match args.to {
+        TargetFormat::Bitnet => Target::Native,
+    };
+    let converted = convert::to(&checkpoint, path, &target, Options { load }, |done, all| {
+        messages.progress(&format!("{done} of {all} parts"));
+    });
     messages.progress("");
+    converted?.iter().for_each(|note| messages.note(note));
     drop(checkpoint);
     let bytes = path.metadata().with_context(|| path.display().to_string())?.len();
     let seconds = started.elapsed().as_secs_f64();

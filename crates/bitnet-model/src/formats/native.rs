@@ -6,7 +6,7 @@
 //! found by [`verify`], which reads it all, and otherwise gives other numbers, but is never unsound.
 
 use std::collections::BTreeSet;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,6 +26,7 @@ use crate::config::{
     LayerConfig, ModelConfig, Pooling, Precision, Rope, RopeScaling, TensorNames, WeightRule,
 };
 use crate::error::{Error, excerpt};
+use crate::output::OutputFile;
 use crate::source::{Checkpoint, Description};
 use crate::tokenizer::{StoredTokenizer, Tokenizer};
 
@@ -542,9 +543,8 @@ fn header_bound(described: &Described<'_>, settings: &str) -> usize {
 
 /// A file that is being written.
 struct Writer {
-    file: File,
+    output: OutputFile,
     path: PathBuf,
-    part: PathBuf,
     /// Where the data begins: the header, which is written last, has to fit before.
     data_start: usize,
     position: usize,
@@ -553,44 +553,23 @@ struct Writer {
     /// Digests by name.
     digests: Vec<(String, String)>,
     paddings: usize,
-    finished: bool,
 }
 
 impl Writer {
     fn create(path: &Path, header_bytes: usize) -> Result<Self, Error> {
         let data_start = (8 + header_bytes).next_multiple_of(PAGE);
-        let Some(name) = path.file_name() else {
-            return Err(Error::file(path, "cannot be written: it is not the name of a file"));
-        };
-        let part = path.with_file_name(format!("{}.part", name.to_string_lossy()));
-        let failed = |reason: &dyn std::fmt::Display| {
-            Error::file(path, format!("cannot be written: {reason}"))
-        };
-        // Not truncated before it is locked: it may be another conversion's.
-        let file = File::options().create(true).truncate(false).write(true).open(&part);
-        let file = file.map_err(|error| failed(&error))?;
-        if let Err(fs::TryLockError::WouldBlock) = file.try_lock() {
-            return Err(failed(&"another conversion is writing it"));
-        }
-        let mut writer = Writer {
-            file,
+        let mut output = OutputFile::create(path)?;
+        let begun = output.file.seek(SeekFrom::Start(data_start as u64));
+        begun.map_err(|error| output.failed(error))?;
+        Ok(Writer {
+            output,
             path: path.to_owned(),
-            part,
             data_start,
             position: data_start,
             entries: Vec::new(),
             digests: Vec::new(),
             paddings: 0,
-            finished: false,
-        };
-        let emptied = writer.file.set_len(0);
-        let ready = emptied.and_then(|()| writer.file.seek(SeekFrom::Start(data_start as u64)));
-        ready.map_err(|error| writer.failed(error))?;
-        Ok(writer)
-    }
-
-    fn failed(&self, error: std::io::Error) -> Error {
-        Error::file(&self.path, format!("cannot be written: {error}"))
+        })
     }
 
     /// Appends a tensor, on a page of its own if it fills one.
@@ -599,13 +578,13 @@ impl Writer {
         if tensor.data().len() >= PAGE && padding > 0 {
             self.paddings += 1;
             self.entry(&format!("{PADDING}{}", self.paddings), "U8", &[padding], padding);
-            self.file.write_all(&[0; PAGE][..padding]).map_err(|error| self.failed(error))?;
+            self.output.write(&[0; PAGE][..padding])?;
         }
         self.entry(name, &tensor.dtype().to_string(), tensor.shape(), tensor.data().len());
         let mut digest = Sha256::new();
         for piece in tensor.data().chunks(1 << 20) {
             digest.update(piece);
-            self.file.write_all(piece).map_err(|error| self.failed(error))?;
+            self.output.write(piece)?;
         }
         self.digests.push((name.to_owned(), hex(digest.finalize().as_slice())));
         Ok(())
@@ -673,26 +652,10 @@ impl Writer {
             // All else is on the disk before the length makes it a header.
             file.sync_data()?;
             file.seek(SeekFrom::Start(0))?;
-            file.write_all(&(length as u64).to_le_bytes())?;
-            file.sync_all()
+            file.write_all(&(length as u64).to_le_bytes())
         };
-        write(&mut self.file).map_err(|error| self.failed(error))?;
-        fs::rename(&self.part, &self.path).map_err(|error| self.failed(error))?;
-        self.finished = true;
-        // Where folders can be synced, the name is on the disk too.
-        let folder = self.path.parent().filter(|folder| !folder.as_os_str().is_empty());
-        if let Ok(folder) = File::open(folder.unwrap_or(Path::new("."))) {
-            let _ = folder.sync_all();
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Writer {
-    fn drop(&mut self) {
-        if !self.finished {
-            let _ = fs::remove_file(&self.part);
-        }
+        write(&mut self.output.file).map_err(|error| self.output.failed(error))?;
+        self.output.finish()
     }
 }
 
