@@ -390,6 +390,7 @@ pub struct EmbedArgs {
 #[derive(Debug, Clone, Copy, ValueEnum)]
 pub enum TargetFormat {
     Bitnet,
+    Onnx,
 }
 
 #[derive(Debug, Args)]

@@ -1,4 +1,4 @@
-//! Files that appear under their name when they are whole: they grow as `NAME.part` and
+//! Files and folders that appear under their name when they are whole: they grow as `NAME.part` and
 //! are renamed when all of it is on the disk. Until then the name has what it had before.
 
 use std::fs::{self, File};
@@ -9,6 +9,9 @@ use crate::error::Error;
 
 /// Added to a name while the file or folder of that name grows.
 const PART: &str = ".part";
+
+/// What is in a growing folder while somebody writes it.
+const LOCK: &str = "lock";
 
 /// An error about what could not be written.
 pub(crate) fn failed(path: &Path, reason: impl std::fmt::Display) -> Error {
@@ -84,5 +87,125 @@ impl Drop for OutputFile {
         if !self.finished {
             let _ = fs::remove_file(&self.part);
         }
+    }
+}
+
+/// A folder that is being written. Dropped before [`finish`](Self::finish), it leaves nothing.
+pub(crate) struct OutputFolder {
+    path: PathBuf,
+    part: PathBuf,
+    /// Locked. `None` when the folder has its name.
+    lock: Option<File>,
+}
+
+impl OutputFolder {
+    /// Begins the folder `path`, empty.
+    ///
+    /// # Errors
+    /// It cannot be made, or there is something else than an empty folder of that name.
+    pub(crate) fn create(path: &Path) -> Result<Self, Error> {
+        let part = part_of(path)?;
+        let begin = || -> io::Result<File> {
+            if !part.is_dir() {
+                fs::create_dir(&part)?;
+            }
+            let lock = open_alone(&part.join(LOCK))?;
+            for entry in fs::read_dir(&part)? {
+                let entry = entry?;
+                if entry.file_type()?.is_dir() {
+                    fs::remove_dir_all(entry.path())?;
+                } else if entry.file_name() != LOCK {
+                    fs::remove_file(entry.path())?;
+                }
+            }
+            Ok(lock)
+        };
+        let lock = begin().map_err(|error| failed(path, error))?;
+        Ok(OutputFolder { path: path.to_owned(), part, lock: Some(lock) })
+    }
+
+    /// Begins a file in the folder. An error of writing it names the file where it is to be.
+    pub(crate) fn file(&self, name: &str) -> Result<FolderFile, Error> {
+        let (path, part) = (self.path.join(name), self.part.join(name));
+        let made = part.parent().map_or(Ok(()), fs::create_dir_all);
+        let file = made.and_then(|()| File::create(part)).map_err(|error| failed(&path, error))?;
+        Ok(FolderFile { file, path })
+    }
+
+    /// Writes a whole JSON file in the folder.
+    pub(crate) fn write_json(&self, name: &str, json: &serde_json::Value) -> Result<(), Error> {
+        let mut text = serde_json::to_string_pretty(json).expect("keys are texts");
+        text.push('\n');
+        self.write(name, text.as_bytes())
+    }
+
+    /// Where the folder is to be.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Gives a finished file another name.
+    pub(crate) fn rename(&self, from: &str, to: &str) -> Result<(), Error> {
+        let renamed = fs::rename(self.part.join(from), self.part.join(to));
+        renamed.map_err(|error| failed(&self.path.join(to), error))
+    }
+
+    /// Writes a whole file in the folder.
+    pub(crate) fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        let mut file = self.file(name)?;
+        file.write(bytes)?;
+        file.finish()
+    }
+
+    /// Gives the folder its name. Its files are on the disk: each was finished.
+    pub(crate) fn finish(mut self) -> Result<(), Error> {
+        sync_names(Some(&self.part));
+        self.lock = None;
+        let named = || -> io::Result<()> {
+            fs::remove_file(self.part.join(LOCK))?;
+            // Only an empty folder goes away, and not every system renames onto one.
+            if self.path.is_dir() {
+                fs::remove_dir(&self.path)?;
+            }
+            fs::rename(&self.part, &self.path)
+        };
+        if let Err(error) = named() {
+            let _ = fs::remove_dir_all(&self.part);
+            return Err(failed(&self.path, error));
+        }
+        sync_names(self.path.parent());
+        Ok(())
+    }
+}
+
+impl Drop for OutputFolder {
+    fn drop(&mut self) {
+        if self.lock.take().is_some() {
+            let _ = fs::remove_dir_all(&self.part);
+        }
+    }
+}
+
+/// A file of a growing folder.
+pub(crate) struct FolderFile {
+    /// Positioned where the next bytes go.
+    pub(crate) file: File,
+    path: PathBuf,
+}
+
+impl FolderFile {
+    /// Appends bytes.
+    pub(crate) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.file.write_all(bytes).map_err(|error| failed(&self.path, error))
+    }
+
+    /// An error of writing this file.
+    pub(crate) fn failed(&self, reason: impl std::fmt::Display) -> Error {
+        failed(&self.path, reason)
+    }
+
+    /// Puts all of it on the disk.
+    pub(crate) fn finish(self) -> Result<(), Error> {
+        self.file.sync_all().map_err(|error| failed(&self.path, error))
     }
 }

@@ -23,6 +23,7 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
     let checkpoint = source::open(&args.input)?;
     let target = match args.to {
         TargetFormat::Bitnet => Target::Native,
+        TargetFormat::Onnx => Target::Onnx,
     };
     let converted = convert::to(&checkpoint, path, &target, Options { load }, |done, all| {
         messages.progress(&format!("{done} of {all} parts"));

@@ -4,6 +4,7 @@
 //! each format has a file here that writes them, and a [`Target`] that asks for it.
 
 mod native;
+mod onnx;
 
 use std::path::{Path, PathBuf};
 
@@ -25,6 +26,8 @@ use crate::weights::{LoadOptions, Loader, PartKind, PartPlace, Tables, part_plac
 pub enum Target {
     /// A `.bitnet` file.
     Native,
+    /// A folder with `model.onnx`, for ONNX Runtime.
+    Onnx,
 }
 
 /// Choices that hold for every format.
@@ -56,6 +59,11 @@ pub fn to(
     let source = Source::open(checkpoint, options.load)?;
     match target {
         Target::Native => native::write(&source, path, &mut progress)?,
+        Target::Onnx => {
+            let folder = crate::output::OutputFolder::create(path)?;
+            onnx::write(&source, &folder, &mut progress)?;
+            folder.finish()?;
+        }
     }
     Ok(source.notes)
 }
@@ -184,12 +192,13 @@ fn check_path(checkpoint: &Checkpoint, path: &Path, target: &Target) -> Result<(
             return Err(failed(path, reason));
         }
     }
-    if path.is_dir() {
+    if path.is_dir() && *target != Target::Onnx {
         let reason = "it is a folder; give the name of a file, such as model.bitnet";
         return Err(failed(path, reason));
     }
     let is_replaced = |bytes: &[u8]| match target {
         Target::Native => is_native(bytes),
+        Target::Onnx => false,
     };
     if path.exists() && !map_file(path).is_ok_and(|bytes| is_replaced(&bytes)) {
         let reason = "there is another file of this name; give another name, or remove it";

@@ -3,9 +3,15 @@
 use bitnet_core::{DType, Tensor, TernaryMatrix, WeightScale};
 use bitnet_quant::packing::blocks::decode_row;
 use bitnet_quant::packing::hf;
+use bitnet_quant::packing::nbits::Blocks;
 
 use super::Constants;
 use super::proto::Node;
+
+/// Free texts of a `MatMulNBits` that `convert` writes: the columns of the matrix, and how many of
+/// them are in a block. Without them every code is a column.
+pub(crate) const COLUMNS: &str = "bitnet.columns";
+pub(crate) const BLOCK_COLUMNS: &str = "bitnet.columns_per_block";
 
 /// The second operand of ONNX Runtime's `MatMulNBits`: rows of blocks of codes, the first in the
 /// low bits. A weight is `(code - zero point) * scale`.
@@ -17,11 +23,9 @@ pub(super) struct Packed {
     pub(super) scales: Tensor,
     /// U8, of each row the codes of its blocks' zero points; if absent they are in the middle.
     zero_points: Option<Tensor>,
-    bits: usize,
     /// Columns of the matrix.
     cols: usize,
-    /// Columns in a block. A block may have more codes than those, which mean nothing.
-    block_cols: usize,
+    layout: Blocks,
     /// Whether the matrix has a scale apart, so that those of the blocks are 1.
     scaled_apart: bool,
 }
@@ -52,8 +56,9 @@ impl Packed {
         let bits = number("bits").unwrap_or(4);
         let block = number("block_size").ok_or_else(|| missing("block_size"))?;
         let padded = number("K").ok_or_else(|| missing("K"))?;
-        let cols = node.number("bitnet.columns").unwrap_or(padded);
-        let block_cols = node.number("bitnet.columns_per_block").unwrap_or(block);
+        let cols = node.number(COLUMNS).unwrap_or(padded);
+        let block_cols = node.number(BLOCK_COLUMNS).unwrap_or(block);
+        let layout = Blocks { bits, len: block, cols: block_cols };
         if !matches!(bits, 2 | 4 | 8) {
             return Err(format!("its MatMulNBits has {bits} bits; 2, 4 and 8 are read"));
         }
@@ -64,7 +69,7 @@ impl Packed {
         let is_whole = codes.dtype() == DType::U8
             && bytes.checked_mul(8 / bits) == Some(block)
             && (1..=block).contains(&block_cols)
-            && cols.div_ceil(block_cols) == blocks
+            && layout.per_row(cols) == blocks
             && cols > 0
             && scales.dtype().is_float()
             && Some(scales.len()) == rows.checked_mul(blocks)
@@ -79,7 +84,7 @@ impl Packed {
                 scales.shape()
             ));
         }
-        Ok(Packed { codes, scales, zero_points, bits, cols, block_cols, scaled_apart })
+        Ok(Packed { codes, scales, zero_points, cols, layout, scaled_apart })
     }
 
     fn rows(&self) -> usize {
@@ -98,10 +103,10 @@ impl Packed {
 
     fn zero_point(&self, row: usize, block: usize) -> u8 {
         match &self.zero_points {
-            None => 1 << (self.bits - 1),
+            None => self.layout.zero(),
             Some(points) => {
-                let row_bytes = (self.blocks() * self.bits).div_ceil(8);
-                code(&points.data()[row * row_bytes..], self.bits, block)
+                let row_bytes = (self.blocks() * self.layout.bits).div_ceil(8);
+                self.layout.code(&points.data()[row * row_bytes..], block)
             }
         }
     }
@@ -113,11 +118,11 @@ impl Packed {
         }
         let (rows, bytes) = (self.rows(), self.codes.shape()[2]);
         packed(rows, self.cols, |row, codes| {
-            for (block, codes) in codes.chunks_mut(self.block_cols).enumerate() {
+            for (block, codes) in codes.chunks_mut(self.layout.cols).enumerate() {
                 let stored = &self.codes.data()[(row * self.blocks() + block) * bytes..][..bytes];
                 let zero = self.zero_point(row, block);
                 for (index, out) in codes.iter_mut().enumerate() {
-                    *out = (code(stored, self.bits, index) + 1).wrapping_sub(zero);
+                    *out = self.layout.code(stored, index).wrapping_add(1).wrapping_sub(zero);
                 }
             }
         })
@@ -131,21 +136,14 @@ impl Packed {
             let values: Vec<f32> = values.iter().step_by(blocks).copied().collect();
             return Ok(Tensor::from_f32(vec![rows], &values));
         }
-        if blocks * self.block_cols != self.cols {
+        if blocks * self.layout.cols != self.cols {
             return Err(format!(
                 "blocks of {} do not tile {} columns",
-                self.block_cols, self.cols
+                self.layout.cols, self.cols
             ));
         }
         Ok(Tensor::from_f32(vec![rows, blocks], &values))
     }
-}
-
-/// One of the codes of `bits` bits in `bytes`.
-fn code(bytes: &[u8], bits: usize, index: usize) -> u8 {
-    let per_byte = 8 / bits;
-    let mask = (0xFFu16 >> (8 - bits)) as u8;
-    bytes[index / per_byte] >> (bits * (index % per_byte)) & mask
 }
 
 /// Weights one by one, each -1, 0 or 1, as transformers packs them.

@@ -1,0 +1,261 @@
+//! To a folder with an ONNX model: `model.onnx` has the graph, `model.onnx.data` the weights, and beside
+//! them lies what a Hugging Face checkpoint has.
+//!
+//! Weights are operands of ONNX Runtime's `MatMulNBits`: 2 bits each where inputs are int8, 4 where
+//! they are f32 or the matrix has scales per group of columns, for which there are fast kernels.
+//! docs/formats.md says how exact the graph is.
+
+mod decoder;
+mod graph;
+
+use bitnet_core::backend::ActivationPrecision;
+use bitnet_core::{DType, Error as CoreError, Tensor, TernaryMatrix, WeightScale};
+use bitnet_quant::packing::blocks::decode_row;
+use bitnet_quant::packing::nbits::Blocks;
+
+use super::{Part, Source};
+use crate::error::Error;
+use crate::output::{FolderFile, OutputFolder};
+use crate::weights::{PartKind, PartPlace};
+use decoder::{Matrix, Scale, Weights};
+use graph::{Graph, Place};
+
+/// The file of the graph.
+const MODEL: &str = "model.onnx";
+
+/// The file of the weights.
+const DATA: &str = "model.onnx.data";
+
+/// Where weights begin in their file: on a page, so that they can be mapped.
+const ALIGNMENT: u64 = 4096;
+
+/// Blocks of a matrix with int8 inputs: the longest for which ONNX Runtime has fast kernels, with a
+/// column to spare.
+const INT8_BLOCKS: Blocks = Blocks { bits: 2, len: 128, cols: 127 };
+
+/// Blocks of a matrix with f32 inputs.
+const F32_BLOCKS: Blocks = Blocks { bits: 4, len: 128, cols: 128 };
+
+/// Writes the graph and the weights into a folder.
+pub(super) fn write(
+    source: &Source<'_>,
+    folder: &OutputFolder,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<(), Error> {
+    let (config, mut places) = source.renamed(source.config.names);
+    places.retain(|(_, place)| !matches!(place.kind, PartKind::Screen));
+    let encode = |place: &PartPlace, part| {
+        let name = match place.layer {
+            None if place.name == config.names.head => place.name.to_owned(),
+            None => format!("model.{}", place.name),
+            Some(layer) => {
+                let suffix = match place.kind {
+                    PartKind::Norm { of_projection: true, .. } => config.names.projection_norm,
+                    _ => "",
+                };
+                format!("{}{suffix}", decoder::full_name(&config, layer, place.name))
+            }
+        };
+        let offset = match place.kind {
+            PartKind::Norm { of_projection: false, .. } => config.norm_offset,
+            _ => 0.0,
+        };
+        Ok((name, encoded(part, source.precision, offset)?))
+    };
+    let mut graph = Graph::default();
+    let mut data = DataFile { file: folder.file(DATA)?, length: 0 };
+    let mut weights = Weights::default();
+    for part in source.parts(&places, encode, progress)? {
+        let (name, part) = part?;
+        match part {
+            Encoded::Table(table) => {
+                let table = data.table(&mut graph, format!("{name}.weight"), &table)?;
+                weights.tables.insert(place_name(&name).to_owned(), table);
+            }
+            Encoded::Norm(values) => {
+                let bytes = bytes_of(&values);
+                let norm =
+                    graph.initializer(format!("{name}.weight"), DType::F32, &[values.len()], &bytes);
+                weights.norms.insert(name, norm);
+            }
+            Encoded::Matrix(matrix) => {
+                let matrix = data.matrix(&mut graph, &name, &matrix)?;
+                weights.matrices.insert(name, matrix);
+            }
+        }
+    }
+    data.file.finish()?;
+    let vocabulary = source.tables.embedding.rows();
+    decoder::build(&mut graph, &config, source.precision, &weights, vocabulary);
+    folder.write(MODEL, &graph.into_model())
+}
+
+/// The name of a table's place.
+fn place_name(name: &str) -> &str {
+    name.strip_prefix("model.").unwrap_or(name)
+}
+
+/// A part as the files hold it.
+enum Encoded {
+    /// As it is stored.
+    Table(Tensor),
+    /// The weight less the model's offset.
+    Norm(Vec<f32>),
+    Matrix(EncodedMatrix),
+}
+
+struct EncodedMatrix {
+    rows: usize,
+    cols: usize,
+    blocks: Blocks,
+    codes: Vec<u8>,
+    scale: WeightScale,
+}
+
+fn encoded(
+    part: Part,
+    precision: ActivationPrecision,
+    norm_offset: f32,
+) -> Result<Encoded, Error> {
+    Ok(match part {
+        Part::Table(table) => Encoded::Table(table),
+        Part::Norm(weight) => {
+            Encoded::Norm(weight.into_iter().map(|weight| weight - norm_offset).collect())
+        }
+        Part::Matrix(matrix, _) => Encoded::Matrix(EncodedMatrix::new(&matrix, precision)?),
+        Part::Screen(_) => unreachable!("screens are left out"),
+    })
+}
+
+impl EncodedMatrix {
+    fn new(matrix: &TernaryMatrix, precision: ActivationPrecision) -> Result<Self, CoreError> {
+        let (rows, cols) = (matrix.rows(), matrix.cols());
+        let (blocks, scale) = match (matrix.scale(), precision) {
+            (WeightScale::Groups { len, values }, _) => {
+                if !len.is_power_of_two() || !(16..=256).contains(len) {
+                    let reason = format!(
+                        "groups of {len} columns cannot be blocks of ONNX Runtime: 16, 32, 64, \
+                         128 and 256 can"
+                    );
+                    return Err(CoreError::WeightScale { rows, cols, reason });
+                }
+                let scale = WeightScale::Groups { len: *len, values: values.clone() };
+                (Blocks { bits: F32_BLOCKS.bits, len: *len, cols: *len }, scale)
+            }
+            (scale, ActivationPrecision::Int8) => (INT8_BLOCKS, scale.clone()),
+            // A scale per row says by itself that it multiplies, whatever config.json says.
+            (WeightScale::Multiply(scale), ActivationPrecision::F32) => {
+                (F32_BLOCKS, WeightScale::Rows(vec![*scale; rows]))
+            }
+            (WeightScale::Divide(scale), ActivationPrecision::F32) => {
+                (F32_BLOCKS, WeightScale::Rows(vec![1.0 / scale; rows]))
+            }
+            (scale @ WeightScale::Rows(_), ActivationPrecision::F32) => (F32_BLOCKS, scale.clone()),
+        };
+        Ok(EncodedMatrix { rows, cols, blocks, codes: blocks.encode(matrix), scale })
+    }
+}
+
+/// The growing file of the weights.
+struct DataFile {
+    file: FolderFile,
+    length: u64,
+}
+
+impl DataFile {
+    /// Begins a constant's numbers on a page.
+    fn begin(&mut self) -> Result<u64, Error> {
+        let padding = self.length.next_multiple_of(ALIGNMENT) - self.length;
+        self.append(&[0; ALIGNMENT as usize][..padding as usize])?;
+        Ok(self.length)
+    }
+
+    fn append(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.length += bytes.len() as u64;
+        self.file.write(bytes)
+    }
+
+    /// Writes a constant in whose numbers are all in `bytes`.
+    fn constant(
+        &mut self,
+        graph: &mut Graph,
+        name: String,
+        dtype: DType,
+        shape: &[usize],
+        bytes: &[u8],
+    ) -> Result<graph::Value, Error> {
+        let offset = self.begin()?;
+        self.append(bytes)?;
+        let place = Place { offset, length: bytes.len() as u64 };
+        Ok(graph.external(name, dtype, shape, DATA, place))
+    }
+
+    /// Writes a table: floats as they are, blocks of GGUF as the f32 numbers that they stand for.
+    fn table(
+        &mut self,
+        graph: &mut Graph,
+        name: String,
+        table: &Tensor,
+    ) -> Result<(graph::Value, DType), Error> {
+        let dtype = if table.dtype().is_float() { table.dtype() } else { DType::F32 };
+        if dtype == table.dtype() {
+            let value = self.constant(graph, name, dtype, table.shape(), table.data())?;
+            return Ok((value, dtype));
+        }
+        let offset = self.begin()?;
+        let mut values = vec![0.0; table.cols()];
+        for row in 0..table.rows() {
+            decode_row(table.dtype(), table.row(row), &mut values);
+            self.append(&bytes_of(&values))?;
+        }
+        let place = Place { offset, length: self.length - offset };
+        Ok((graph.external(name, dtype, table.shape(), DATA, place), dtype))
+    }
+
+    fn matrix(
+        &mut self,
+        graph: &mut Graph,
+        module: &str,
+        matrix: &EncodedMatrix,
+    ) -> Result<Matrix, Error> {
+        let EncodedMatrix { rows, cols, blocks, ref codes, ref scale } = *matrix;
+        let per_row = blocks.per_row(cols);
+        let shape = [rows, per_row, blocks.bytes()];
+        let name = format!("{module}.weight_q{}", blocks.bits);
+        let codes = self.constant(graph, name, DType::U8, &shape, codes)?;
+        let block_scales = match scale {
+            WeightScale::Groups { values, .. } => {
+                let name = format!("{module}.weight_block_scales");
+                let bytes = bytes_of(values);
+                self.constant(graph, name, DType::F32, &[rows, per_row], &bytes)?
+            }
+            _ => self.ones(graph, rows, per_row)?,
+        };
+        let scale = Scale::new(scale, |values| {
+            let name = format!("{module}.weight_scale");
+            graph.initializer(name, DType::F32, &[values.len()], &bytes_of(values))
+        });
+        Ok(Matrix { rows, cols, blocks, codes, block_scales, scale })
+    }
+
+    /// Factors of 1, which matrices of one shape share.
+    fn ones(
+        &mut self,
+        graph: &mut Graph,
+        rows: usize,
+        per_row: usize,
+    ) -> Result<graph::Value, Error> {
+        let name = format!("ones_{rows}_{per_row}");
+        if let Some(value) = graph.known(&name) {
+            return Ok(value);
+        }
+        let bytes = bytes_of(&vec![1.0; rows * per_row]);
+        let value = self.constant(graph, name, DType::F32, &[rows, per_row], &bytes)?;
+        graph.know(&value);
+        Ok(value)
+    }
+}
+
+fn bytes_of(values: &[f32]) -> Vec<u8> {
+    values.iter().flat_map(|value| value.to_le_bytes()).collect()
+}
