@@ -32,6 +32,18 @@ pub(super) struct Matrix {
     pub(super) scale: Scale,
 }
 
+/// Blocks of a matrix with int8 inputs. They are the longest that ONNX Runtime has fast kernels for,
+/// but those kernels round their input to int8 once more, each block by its own largest value. So
+/// every block has a column to spare, which holds 127 and meets the weight zero: with 127 as the
+/// largest value, rounding whole numbers changes none of them.
+pub(super) const INT8_BLOCKS: Blocks = Blocks { bits: 2, len: 128, cols: 127 };
+
+impl Matrix {
+    fn is_for_int8(&self) -> bool {
+        self.blocks == INT8_BLOCKS
+    }
+}
+
 /// What the scale of a matrix does to sums.
 pub(super) enum Scale {
     Multiply(Value),
@@ -92,11 +104,14 @@ struct Common {
     masks: Vec<(Option<usize>, Value)>,
 }
 
-/// Input of linear layers: as it is, and rounded to int8 with its scale.
+/// Input of linear layers.
 struct Input {
-    x: Value,
-    /// Whole numbers as f32, blocks filled up for [`Blocks`] with one column to spare; the scale.
-    quantized: Option<(Value, Value)>,
+    /// Its values; whole numbers where it was rounded to int8.
+    values: Value,
+    /// What it was multiplied with before it was rounded.
+    scale: Option<Value>,
+    /// The values in blocks that have room for more than their columns.
+    filled: Vec<(Blocks, Value)>,
 }
 
 impl Builder<'_> {
@@ -396,95 +411,99 @@ impl Builder<'_> {
             self.g.enter(scope(self.c, layer, &name.replace('.', "/")));
             let matrix = &self.w.matrices[&module];
             if let Some(eps) = eps {
-                let norm = format!("{module}{}", self.c.names.projection_norm);
-                let normed = self.rms_norm(x, &self.w.norms[&norm].clone(), eps, 0.0);
-                let input = self.input(&normed, matrix);
-                return self.linear(&input, matrix);
+                let norm = &self.w.norms[&format!("{module}{}", self.c.names.projection_norm)];
+                let normed = self.rms_norm(x, norm, eps, 0.0);
+                let mut input = self.input(&normed);
+                return self.linear(&mut input, matrix);
             }
-            let input = shared.get_or_insert_with(|| self.input(x, matrix));
+            let input = shared.get_or_insert_with(|| self.input(x));
             self.linear(input, matrix)
         })
     }
 
-    /// Rounds an input to int8 per token, where linear layers take it so.
-    fn input(&mut self, x: &Value, matrix: &Matrix) -> Input {
-        let quantized = (self.precision == ActivationPrecision::Int8).then(|| {
-            let g = &mut *self.g;
-            let absolute = g.op("Abs", &[x]);
-            let last = g.ints(&[-1]);
-            let largest = g.op("ReduceMax", &[&absolute, &last]);
-            let least = g.float(1e-5);
-            let largest = g.op("Max", &[&largest, &least]);
-            let steps = g.float(127.0);
-            let scale = g.op("Div", &[&steps, &largest]);
-            let product = g.op("Mul", &[x, &scale]);
-            // Nothing is to be clamped: no product is 127.5 or more.
-            (g.op("Round", &[&product]), scale)
-        });
-        let quantized = quantized.map(|(q, scale)| match has_spare_column(matrix.blocks) {
-            true => (self.filled_up(&q, matrix), scale),
-            false => (q, scale),
-        });
-        Input { x: x.clone(), quantized }
+    /// An input as linear layers take it: rounded to int8 per token, or as it is.
+    fn input(&mut self, x: &Value) -> Input {
+        if self.precision == ActivationPrecision::F32 {
+            return Input { values: x.clone(), scale: None, filled: Vec::new() };
+        }
+        let g = &mut *self.g;
+        let absolute = g.op("Abs", &[x]);
+        let last = g.ints(&[-1]);
+        let largest = g.op("ReduceMax", &[&absolute, &last]);
+        let least = g.float(1e-5);
+        let largest = g.op("Max", &[&largest, &least]);
+        let steps = g.float(127.0);
+        let scale = g.op("Div", &[&steps, &largest]);
+        let product = g.op("Mul", &[x, &scale]);
+        // Nothing is to be clamped: no product is 127.5 or more.
+        let values = g.op("Round", &[&product]);
+        Input { values, scale: Some(scale), filled: Vec::new() }
     }
 
-    /// Puts 127 into the spare column of every block, which meets the weight zero.
-    ///
-    /// ONNX Runtime multiplies fast only after it has rounded each block to int8 by itself, by the
-    /// block's largest value. With 127 in it, that rounding changes nothing.
-    fn filled_up(&mut self, q: &Value, matrix: &Matrix) -> Value {
+    /// Values `[b, s, cols]` in blocks that have room for more: `fill` in what is left of each, which
+    /// meets the weight zero.
+    fn filled_up(&mut self, values: &Value, blocks: Blocks, cols: usize, fill: f32) -> Value {
         let g = &mut *self.g;
-        let Blocks { len, cols, .. } = matrix.blocks;
-        let blocks = matrix.blocks.per_row(matrix.cols);
-        let missing = (blocks * cols - matrix.cols) as i64;
-        let mut q = q.clone();
+        let count = blocks.per_row(cols);
+        let missing = (count * blocks.cols - cols) as i64;
+        let (count, block_cols, len) = (count as i64, blocks.cols as i64, blocks.len as i64);
+        let mut values = values.clone();
         if missing > 0 {
             let pads = g.ints(&[0, 0, 0, 0, 0, missing]);
-            q = g.op("Pad", &[&q, &pads]);
+            values = g.op("Pad", &[&values, &pads]);
         }
-        let (len, cols, blocks) = (len as i64, cols as i64, blocks as i64);
-        let shape = g.ints(&[0, 0, blocks, cols]);
-        let in_blocks = g.op("Reshape", &[&q, &shape]);
-        let (pads, steps) = (g.ints(&[0, 0, 0, 0, 0, 0, 0, len - cols]), g.float(127.0));
-        let filled = g.op("Pad", &[&in_blocks, &pads, &steps]);
-        let shape = g.ints(&[0, 0, blocks * len]);
+        let shape = g.ints(&[0, 0, count, block_cols]);
+        let in_blocks = g.op("Reshape", &[&values, &shape]);
+        let pads = g.ints(&[0, 0, 0, 0, 0, 0, 0, len - block_cols]);
+        let fill = g.float(fill);
+        let filled = g.op("Pad", &[&in_blocks, &pads, &fill]);
+        let shape = g.ints(&[0, 0, count * len]);
         g.op("Reshape", &[&filled, &shape])
     }
 
-    fn linear(&mut self, input: &Input, matrix: &Matrix) -> Value {
+    fn linear(&mut self, input: &mut Input, matrix: &Matrix) -> Value {
+        let Matrix { rows, cols, blocks, .. } = *matrix;
+        let mut values = input.values.clone();
+        let mut texts = Vec::new();
+        let mut k = cols;
+        if blocks.cols < blocks.len {
+            k = blocks.per_row(cols) * blocks.len;
+            texts = vec![(COLUMNS, cols.to_string()), (BLOCK_COLUMNS, blocks.cols.to_string())];
+            let known = input.filled.iter().find(|(other, _)| *other == blocks);
+            values = match known {
+                Some((_, filled)) => filled.clone(),
+                None => {
+                    let fill = if matrix.is_for_int8() { 127.0 } else { 0.0 };
+                    let filled = self.filled_up(&values, blocks, cols, fill);
+                    input.filled.push((blocks, filled.clone()));
+                    filled
+                }
+            };
+        }
         let g = &mut *self.g;
-        let Blocks { bits, len, cols } = matrix.blocks;
-        let spare = has_spare_column(matrix.blocks);
-        let k = if spare { matrix.blocks.per_row(matrix.cols) * len } else { matrix.cols };
-        // 4 rounds inputs to int8, 1 leaves them in f32.
-        let accuracy = if spare { 4 } else { 1 };
         let attributes = [
             ("K", Int(k as u64)),
-            ("N", Int(matrix.rows as u64)),
-            ("bits", Int(bits as u64)),
-            ("block_size", Int(len as u64)),
-            ("accuracy_level", Int(accuracy)),
+            ("N", Int(rows as u64)),
+            ("bits", Int(blocks.bits as u64)),
+            ("block_size", Int(blocks.len as u64)),
+            // 4 rounds inputs to int8 block by block, 1 leaves them in f32.
+            ("accuracy_level", Int(if matrix.is_for_int8() { 4 } else { 1 })),
         ];
-        let texts = match spare {
-            true => vec![(COLUMNS, matrix.cols.to_string()), (BLOCK_COLUMNS, cols.to_string())],
-            false => Vec::new(),
-        };
-        let x = input.quantized.as_ref().map_or(&input.x, |(q, _)| q);
-        let operands = [x, &matrix.codes, &matrix.block_scales];
+        let operands = [&values, &matrix.codes, &matrix.block_scales];
         let sums = g.microsoft_op("MatMulNBits", &operands, &attributes, &texts);
-        match (&input.quantized, &matrix.scale) {
+        match (&input.scale, &matrix.scale) {
             (None, Scale::Multiply(scale)) => g.op("Mul", &[&sums, scale]),
             (None, Scale::Divide(scale)) => g.op("Div", &[&sums, scale]),
             (None, Scale::Blocks) => sums,
-            (Some((_, input_scale)), Scale::Multiply(scale)) => {
+            (Some(input_scale), Scale::Multiply(scale)) => {
                 let product = g.op("Div", &[&sums, input_scale]);
                 g.op("Mul", &[&product, scale])
             }
-            (Some((_, input_scale)), Scale::Divide(scale)) => {
+            (Some(input_scale), Scale::Divide(scale)) => {
                 let both = g.op("Mul", &[input_scale, scale]);
                 g.op("Div", &[&sums, &both])
             }
-            (Some((_, input_scale)), Scale::Blocks) => g.op("Div", &[&sums, input_scale]),
+            (Some(input_scale), Scale::Blocks) => g.op("Div", &[&sums, input_scale]),
         }
     }
 
@@ -516,11 +535,6 @@ impl Builder<'_> {
         let shape = g.op_with("Concat", &[&tokens, &vocabulary], &[("axis", Int(0))]);
         g.op("Reshape", &[&logits, &shape])
     }
-}
-
-/// Whether a block has room for more than its columns.
-fn has_spare_column(blocks: Blocks) -> bool {
-    blocks.cols < blocks.len
 }
 
 /// The name of a layer's module.

@@ -9,7 +9,7 @@ mod decoder;
 mod graph;
 
 use bitnet_core::backend::ActivationPrecision;
-use bitnet_core::{DType, Error as CoreError, Tensor, TernaryMatrix, WeightScale};
+use bitnet_core::{DType, Tensor, TernaryMatrix, WeightScale};
 use bitnet_quant::packing::blocks::decode_row;
 use bitnet_quant::packing::nbits::Blocks;
 
@@ -17,7 +17,7 @@ use super::{Part, Source};
 use crate::error::Error;
 use crate::output::{FolderFile, OutputFolder};
 use crate::weights::{PartKind, PartPlace};
-use decoder::{Matrix, Scale, Weights};
+use decoder::{INT8_BLOCKS, Matrix, Scale, Weights};
 use graph::{Graph, Place};
 
 /// The file of the graph.
@@ -28,10 +28,6 @@ const DATA: &str = "model.onnx.data";
 
 /// Where weights begin in their file: on a page, so that they can be mapped.
 const ALIGNMENT: u64 = 4096;
-
-/// Blocks of a matrix with int8 inputs: the longest for which ONNX Runtime has fast kernels, with a
-/// column to spare.
-const INT8_BLOCKS: Blocks = Blocks { bits: 2, len: 128, cols: 127 };
 
 /// Blocks of a matrix with f32 inputs.
 const F32_BLOCKS: Blocks = Blocks { bits: 4, len: 128, cols: 128 };
@@ -60,7 +56,7 @@ pub(super) fn write(
             PartKind::Norm { of_projection: false, .. } => config.norm_offset,
             _ => 0.0,
         };
-        Ok((name, encoded(part, source.precision, offset)?))
+        Ok((name, encoded(part, source.precision, offset)))
     };
     let mut graph = Graph::default();
     let mut data = DataFile { file: folder.file(DATA)?, length: 0 };
@@ -112,35 +108,26 @@ struct EncodedMatrix {
     scale: WeightScale,
 }
 
-fn encoded(
-    part: Part,
-    precision: ActivationPrecision,
-    norm_offset: f32,
-) -> Result<Encoded, Error> {
-    Ok(match part {
+fn encoded(part: Part, precision: ActivationPrecision, norm_offset: f32) -> Encoded {
+    match part {
         Part::Table(table) => Encoded::Table(table),
         Part::Norm(weight) => {
             Encoded::Norm(weight.into_iter().map(|weight| weight - norm_offset).collect())
         }
-        Part::Matrix(matrix, _) => Encoded::Matrix(EncodedMatrix::new(&matrix, precision)?),
+        Part::Matrix(matrix, _) => Encoded::Matrix(EncodedMatrix::new(&matrix, precision)),
         Part::Screen(_) => unreachable!("screens are left out"),
-    })
+    }
 }
 
 impl EncodedMatrix {
-    fn new(matrix: &TernaryMatrix, precision: ActivationPrecision) -> Result<Self, CoreError> {
+    fn new(matrix: &TernaryMatrix, precision: ActivationPrecision) -> Self {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let (blocks, scale) = match (matrix.scale(), precision) {
             (WeightScale::Groups { len, values }, _) => {
-                if !len.is_power_of_two() || !(16..=256).contains(len) {
-                    let reason = format!(
-                        "groups of {len} columns cannot be blocks of ONNX Runtime: 16, 32, 64, \
-                         128 and 256 can"
-                    );
-                    return Err(CoreError::WeightScale { rows, cols, reason });
-                }
-                let scale = WeightScale::Groups { len: *len, values: values.clone() };
-                (Blocks { bits: F32_BLOCKS.bits, len: *len, cols: *len }, scale)
+                let blocks = blocks_in(*len);
+                let per_group = len / blocks.cols;
+                let values = values.iter().flat_map(|&scale| std::iter::repeat_n(scale, per_group));
+                (blocks, WeightScale::Groups { len: blocks.cols, values: values.collect() })
             }
             (scale, ActivationPrecision::Int8) => (INT8_BLOCKS, scale.clone()),
             // A scale per row says by itself that it multiplies, whatever config.json says.
@@ -152,8 +139,16 @@ impl EncodedMatrix {
             }
             (scale @ WeightScale::Rows(_), ActivationPrecision::F32) => (F32_BLOCKS, scale.clone()),
         };
-        Ok(EncodedMatrix { rows, cols, blocks, codes: blocks.encode(matrix), scale })
+        EncodedMatrix { rows, cols, blocks, codes: blocks.encode(matrix), scale }
     }
+}
+
+/// Blocks for groups of `len` columns that have a scale each: the longest of which a group is whole
+/// ones.
+fn blocks_in(len: usize) -> Blocks {
+    let cols = (4..=F32_BLOCKS.len).rev().find(|cols| len.is_multiple_of(*cols) && cols % 4 == 0);
+    let cols = cols.expect("groups are multiples of 4");
+    Blocks { bits: F32_BLOCKS.bits, len: cols.next_power_of_two().max(16), cols }
 }
 
 /// The growing file of the weights.

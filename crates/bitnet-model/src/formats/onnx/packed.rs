@@ -128,21 +128,24 @@ impl Packed {
         })
     }
 
-    /// The scales, `[rows]`, or `[rows, blocks]` where the blocks of a row differ.
+    /// The scales, `[rows, groups]`: neighbouring blocks are one group where they have one scale
+    /// in every row.
     pub(super) fn scale(&self) -> Result<Tensor, String> {
         let values = self.scale_values();
         let (rows, blocks) = (self.rows(), self.blocks());
-        if values.chunks(blocks).all(|row| row.iter().all(|scale| *scale == row[0])) {
-            let values: Vec<f32> = values.iter().step_by(blocks).copied().collect();
-            return Ok(Tensor::from_f32(vec![rows], &values));
-        }
-        if blocks * self.layout.cols != self.cols {
+        let is_group = |len: &usize| {
+            blocks.is_multiple_of(*len)
+                && values.chunks(*len).all(|group| group.iter().all(|scale| *scale == group[0]))
+        };
+        let len = (1..=blocks).rev().find(is_group).unwrap_or(1);
+        if len < blocks && blocks * self.layout.cols != self.cols {
             return Err(format!(
                 "blocks of {} do not tile {} columns",
                 self.layout.cols, self.cols
             ));
         }
-        Ok(Tensor::from_f32(vec![rows, blocks], &values))
+        let values: Vec<f32> = values.into_iter().step_by(len).collect();
+        Ok(Tensor::from_f32(vec![rows, blocks / len], &values))
     }
 }
 
