@@ -138,6 +138,15 @@ impl TernaryMatrix {
         TernaryMatrix { rows: self.rows, cols: self.cols, codes, scale }
     }
 
+    /// The same weights with other scales.
+    ///
+    /// # Errors
+    /// If the scales do not fit the shape or are not usable numbers.
+    pub fn with_scale(self, scale: WeightScale) -> Result<Self, Error> {
+        scale.check(self.rows, self.cols)?;
+        Ok(TernaryMatrix { scale, ..self })
+    }
+
     /// Output features.
     pub fn rows(&self) -> usize {
         self.rows

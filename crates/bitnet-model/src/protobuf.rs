@@ -103,13 +103,6 @@ impl Message {
         self
     }
 
-    /// A 32-bit float.
-    pub(crate) fn float(mut self, field: u64, value: f32) -> Self {
-        self.push_varint(field << 3 | 5);
-        self.0.extend(value.to_le_bytes());
-        self
-    }
-
     /// A text, or bytes.
     pub(crate) fn bytes(mut self, field: u64, value: impl AsRef<[u8]>) -> Self {
         self.push_varint(field << 3 | 2);
@@ -156,14 +149,12 @@ mod tests {
         let bytes = Message::default()
             .varint(1, u64::MAX)
             .bytes(2, "text")
-            .float(3, 1.5)
             .message(900, inner)
             .into_bytes();
         let read: Result<Vec<_>, _> = fields(&bytes).collect();
         let expected = vec![
             (1, Wire::Varint(u64::MAX)),
             (2, Wire::Bytes(b"text")),
-            (3, Wire::Fixed32(1.5f32.to_le_bytes())),
             (900, Wire::Bytes(&[8, 0xAC, 2])),
         ];
         assert_eq!(read, Ok(expected));
@@ -172,6 +163,10 @@ mod tests {
     #[test]
     fn the_example_of_the_format_s_own_guide_is_read_and_written() {
         // "Encoding" in the documentation of protocol buffers: field 1 with the value 150.
+        assert_eq!(
+            fields(&[0x1D, 0, 0, 0xC0, 0x3F]).next(),
+            Some(Ok((3, Wire::Fixed32([0, 0, 0xC0, 0x3F]))))
+        );
         assert_eq!(Message::default().varint(1, 150).into_bytes(), [0x08, 0x96, 0x01]);
         assert_eq!(
             packed_varints(&[3, 0x8E, 2, 0x9E, 0xA7, 5]).collect::<Vec<_>>(),
@@ -181,7 +176,8 @@ mod tests {
 
     #[test]
     fn what_is_cut_short_ends_in_one_error() {
-        for bytes in [&[0x0A, 2, 0][..], &[0x08], &[0x08, 0x80], &[0x0D, 0, 0], &[0x0B], &[0xFF; 12]]
+        for bytes in
+            [&[0x0A, 2, 0][..], &[0x08], &[0x08, 0x80], &[0x0D, 0, 0], &[0x0B], &[0xFF; 12]]
         {
             let read: Vec<_> = fields(bytes).collect();
             assert_eq!(read, [Err(Broken)], "{bytes:?}");

@@ -1,6 +1,7 @@
-//! Absmean quantisation of float weights to {-1, 0, +1}.
+//! Absmean quantisation of float weights to {-1, 0, +1}, and back.
 
 use bitnet_core::{Error, Tensor, TernaryMatrix, WeightScale};
+use half::bf16;
 
 use crate::packing::blocks::decode_row;
 
@@ -26,6 +27,70 @@ pub fn absmean(weights: &Tensor) -> Result<TernaryMatrix, Error> {
             *code = 1 + u8::from(scaled > 0.0) - u8::from(scaled < 0.0);
         }
     })
+}
+
+/// Float weights in BF16 that [`absmean`] makes the matrix of again, its scale included wherever the
+/// mean of the weights can be told from its neighbours: the inverse of quantisation.
+///
+/// The magnitude of weights that are not zero would be `scale / share of such weights` for a scale
+/// that multiplies. BF16 has two neighbours of it, of which as many of each are taken, spread evenly,
+/// as make the mean right.
+///
+/// # Errors
+/// The matrix has several scales, or one that BF16 or [`absmean`]'s smallest mean cannot give.
+pub fn master(matrix: &TernaryMatrix) -> Result<Vec<u8>, Error> {
+    let (rows, cols) = (matrix.rows(), matrix.cols());
+    let unusable = |reason: String| Error::WeightScale { rows, cols, reason };
+    let mean = match matrix.scale() {
+        WeightScale::Multiply(scale) => *scale,
+        WeightScale::Divide(scale) => 1.0 / scale,
+        WeightScale::Rows(_) | WeightScale::Groups { .. } => {
+            return Err(unusable("master weights of one matrix have one scale".to_owned()));
+        }
+    };
+    let nonzero = (0..rows).flat_map(|row| matrix.packed_row(row)).fold(0u64, |count, &byte| {
+        // The low bit of each pair is set for the code 1 alone.
+        count + u64::from(4 - (byte & 0b01_01_01_01).count_ones())
+    });
+    let magnitude = f64::from(mean) * (rows * cols) as f64 / nonzero.max(1) as f64;
+    if nonzero > 0 && !(mean >= 1e-5 && magnitude < f64::from(f32::MAX)) {
+        return Err(unusable(format!("{mean:e} is no mean of master weights")));
+    }
+    // Truncated, so that the magnitude is between the two.
+    let low = bf16::from_bits(((magnitude as f32).to_bits() >> 16) as u16);
+    let high = bf16::from_bits(low.to_bits() + 1);
+    let step = high.to_f64() - low.to_f64();
+    let nearest = ((magnitude - low.to_f64()) / step * nonzero as f64).round();
+    // Of numbers beside each other, which round to one mean, the one that gives the scale itself.
+    let gives_scale = |highs: &f64| {
+        let total = low.to_f64() * nonzero as f64 + step * highs;
+        let found = (total / (rows * cols) as f64) as f32;
+        match matrix.scale() {
+            WeightScale::Divide(scale) => 1.0 / found == *scale,
+            _ => found == mean,
+        }
+    };
+    let beside = [0.0, 1.0, -1.0, 2.0, -2.0].map(|more| nearest + more);
+    let highs = beside.into_iter().find(gives_scale).unwrap_or(nearest);
+    let highs = highs.clamp(0.0, nonzero as f64) as u64;
+    let mut bytes = Vec::with_capacity(2 * rows * cols);
+    // Counts up by `highs` per weight; at each wrap around `nonzero` a weight gets the higher value.
+    let mut counter = 0;
+    for row in 0..rows {
+        for col in 0..cols {
+            let code = matrix.code(row, col);
+            let magnitude = if code == 1 {
+                bf16::ZERO
+            } else {
+                counter += highs;
+                let wraps = counter >= nonzero;
+                counter -= if wraps { nonzero } else { 0 };
+                if wraps { high } else { low }
+            };
+            bytes.extend(if code == 0 { -magnitude } else { magnitude }.to_le_bytes());
+        }
+    }
+    Ok(bytes)
 }
 
 /// The shortest group of columns that [`exact`] looks for. Published models have 128; much shorter
@@ -108,6 +173,32 @@ mod tests {
         let codes: Vec<i8> = (0..6).map(|i| matrix.weight(i / 3, i % 3)).collect();
         assert_eq!(codes, [0, 0, 1, -1, 1, -1]);
         assert_eq!(*matrix.scale(), WeightScale::Divide(1.0));
+    }
+
+    #[test]
+    fn master_weights_become_the_matrix_again_with_its_scale_to_the_last_bit() {
+        for (rows, cols, scale) in [(512, 512, 0.0371f32), (300, 1000, 1.7e-3), (1024, 256, 5.0)] {
+            let divide = WeightScale::Divide(1.0 / scale);
+            let matrix = TernaryMatrix::from_rows(rows, cols, divide, |row, codes| {
+                for (col, code) in codes.iter_mut().enumerate() {
+                    *code = ((row * 7 + col * 5 + row * col / 3) % 3) as u8;
+                }
+            })
+            .unwrap();
+            let bytes = master(&matrix).unwrap().into();
+            let weights = Tensor::new(bitnet_core::DType::BF16, vec![rows, cols], bytes).unwrap();
+            assert_eq!(absmean(&weights).unwrap(), matrix);
+        }
+        let zeros = TernaryMatrix::from_rows(2, 4, WeightScale::Multiply(0.0), |_, codes| {
+            codes.fill(1);
+        });
+        assert!(master(&zeros.unwrap()).unwrap().iter().all(|&byte| byte == 0));
+        let tiny = TernaryMatrix::from_rows(1, 4, WeightScale::Multiply(1e-6), |_, _| {});
+        assert!(master(&tiny.unwrap()).unwrap().iter().all(|&byte| byte == 0));
+        let tiny = TernaryMatrix::from_rows(1, 4, WeightScale::Multiply(1e-6), |_, codes| {
+            codes.fill(2);
+        });
+        assert!(master(&tiny.unwrap()).is_err());
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::error::Error;
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "BitNet b1.58",
     classes: &["BitNetForCausalLM"],
+    model_type: "bitnet",
     // Uploads before 2025-04-23 are called `bitnet-25`.
     gguf: &["bitnet-b1.58", "bitnet-25"],
     describe,

@@ -10,6 +10,7 @@ use crate::error::Error;
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "BitNet b1.58 (1bitLLM)",
     classes: &["BitnetForCausalLM"],
+    model_type: "bitnet",
     gguf: &["bitnet"],
     describe,
 };

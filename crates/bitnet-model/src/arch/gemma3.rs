@@ -15,6 +15,7 @@ use crate::error::Error;
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "Gemma3",
     classes: &["Gemma3TextModel", "Gemma3ForCausalLM"],
+    model_type: "gemma3_text",
     gguf: &["gemma3"],
     describe,
 };

@@ -7,8 +7,13 @@ use super::{Architecture, apply_quantization, decoder};
 use crate::config::{Hyperparameters, ModelConfig, Precision, WeightRule};
 use crate::error::Error;
 
-pub(super) const ARCHITECTURE: Architecture =
-    Architecture { name: "Llama", classes: &["LlamaForCausalLM"], gguf: &["llama"], describe };
+pub(super) const ARCHITECTURE: Architecture = Architecture {
+    name: "Llama",
+    classes: &["LlamaForCausalLM"],
+    model_type: "llama",
+    gguf: &["llama"],
+    describe,
+};
 
 fn describe(h: &Hyperparameters<'_>, _notes: &mut Vec<String>) -> Result<ModelConfig, Error> {
     let mut config = decoder(h, ARCHITECTURE.name, Activation::Silu)?;

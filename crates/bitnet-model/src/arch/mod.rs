@@ -24,6 +24,8 @@ pub struct Architecture {
     pub name: &'static str,
     /// Its names in the `architectures` field of `config.json`.
     pub classes: &'static [&'static str],
+    /// What `model_type` of `config.json` is for it.
+    pub model_type: &'static str,
     /// Its names in `general.architecture` of GGUF files.
     pub gguf: &'static [&'static str],
     /// Makes the description. Facts that the file gets wrong or leaves out are corrected, with a

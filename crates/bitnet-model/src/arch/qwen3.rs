@@ -14,6 +14,7 @@ use crate::error::Error;
 pub(super) const ARCHITECTURE: Architecture = Architecture {
     name: "Qwen3",
     classes: &["Qwen3ForCausalLM", "Qwen3Model"],
+    model_type: "qwen3",
     gguf: &["qwen3"],
     describe,
 };

@@ -3,6 +3,9 @@
 //! A [`Source`] gives the parts of any checkpoint in neutral form, one per thread in memory at a time;
 //! each format has a file here that writes them, and a [`Target`] that asks for it.
 
+mod gguf;
+mod holds;
+mod huggingface;
 mod native;
 mod onnx;
 
@@ -10,12 +13,14 @@ use std::path::{Path, PathBuf};
 
 use bitnet_core::backend::ActivationPrecision;
 use bitnet_core::mmap::map_file;
-use bitnet_core::{LinearUse, Screen, Tensor, TernaryMatrix};
+use bitnet_core::{DType, LinearUse, Screen, Tensor, TernaryMatrix};
+use bitnet_quant::packing::blocks::{decode_row, encode_row};
 use bitnet_quant::screen;
 use rayon::prelude::*;
 
 use crate::config::{ModelConfig, Precision, TensorNames};
 use crate::error::Error;
+use crate::formats::gguf::MAGIC;
 use crate::formats::native::is_native;
 use crate::output::{failed, part_of};
 use crate::source::{Checkpoint, Description};
@@ -26,8 +31,34 @@ use crate::weights::{LoadOptions, Loader, PartKind, PartPlace, Tables, part_plac
 pub enum Target {
     /// A `.bitnet` file.
     Native,
+    /// A folder as transformers reads it.
+    HuggingFace {
+        /// Whether linear layers have two bits per weight (`weight_scale` beside them), not BF16
+        /// weights that are ternarised when they are loaded.
+        packed: bool,
+        /// Type of the embedding and the head: F32, F16 or BF16. As they are if `None`, or F32 if
+        /// they are of a block type.
+        head: Option<DType>,
+    },
+    /// A GGUF file.
+    Gguf {
+        /// Type of the linear layers: I2_S, TQ1_0, TQ2_0 or Q2_0.
+        packing: DType,
+        /// Type of the embedding and the head: F32, F16, BF16, Q8_0 or Q6_K. As they are if `None`.
+        head: Option<DType>,
+    },
     /// A folder with `model.onnx`, for ONNX Runtime.
-    Onnx,
+    Onnx {
+        /// Type of the embedding and the head: F32, F16 or BF16. As they are if `None`, or F32 if
+        /// they are of a block type.
+        head: Option<DType>,
+    },
+}
+
+impl Target {
+    fn is_folder(&self) -> bool {
+        matches!(self, Target::HuggingFace { .. } | Target::Onnx { .. })
+    }
 }
 
 /// Choices that hold for every format.
@@ -57,15 +88,18 @@ pub fn to(
 ) -> Result<Vec<String>, Error> {
     check_path(checkpoint, path, target)?;
     let source = Source::open(checkpoint, options.load)?;
-    match target {
+    let mut notes = source.notes.clone();
+    match *target {
         Target::Native => native::write(&source, path, &mut progress)?,
-        Target::Onnx => {
-            let folder = crate::output::OutputFolder::create(path)?;
-            onnx::write(&source, &folder, &mut progress)?;
-            folder.finish()?;
+        Target::HuggingFace { packed, head } => {
+            huggingface::write(&source, path, packed, head, &mut progress)?;
         }
+        Target::Gguf { packing, head } => {
+            gguf::write(&source, path, packing, head, &mut notes, &mut progress)?;
+        }
+        Target::Onnx { head } => onnx::write(&source, path, head, &mut progress)?,
     }
-    Ok(source.notes)
+    Ok(notes)
 }
 
 /// A part of a decoder in neutral form.
@@ -110,11 +144,16 @@ impl<'a> Source<'a> {
         Ok(Source { description, config, tables, precision, notes, loader })
     }
 
+    /// Where every part is in the checkpoint.
+    fn places(&self) -> Vec<PartPlace> {
+        part_places(&self.config)
+    }
+
     /// The description with other names for its tensors, and every part by the checkpoint's name and
     /// by the other.
     fn renamed(&self, names: TensorNames) -> (ModelConfig, Vec<(PartPlace, PartPlace)>) {
         let renamed = ModelConfig { names, ..self.config.clone() };
-        let places = part_places(&self.config).into_iter().zip(part_places(&renamed)).collect();
+        let places = self.places().into_iter().zip(part_places(&renamed)).collect();
         (renamed, places)
     }
 
@@ -192,17 +231,67 @@ fn check_path(checkpoint: &Checkpoint, path: &Path, target: &Target) -> Result<(
             return Err(failed(path, reason));
         }
     }
-    if path.is_dir() && *target != Target::Onnx {
+    if target.is_folder() {
+        let is_empty = |path: &Path| path.read_dir().is_ok_and(|mut names| names.next().is_none());
+        if real(path).is_some_and(|path| own.contains(&path)) {
+            let reason = "it is the model that is to be converted; give another name";
+            return Err(failed(path, reason));
+        }
+        if path.exists() && !is_empty(path) {
+            let reason = "there is something of this name; give another name, or remove it";
+            return Err(failed(path, reason));
+        }
+        return Ok(());
+    }
+    if path.is_dir() {
         let reason = "it is a folder; give the name of a file, such as model.bitnet";
         return Err(failed(path, reason));
     }
     let is_replaced = |bytes: &[u8]| match target {
         Target::Native => is_native(bytes),
-        Target::Onnx => false,
+        Target::Gguf { .. } => bytes.starts_with(MAGIC),
+        Target::HuggingFace { .. } | Target::Onnx { .. } => false,
     };
     if path.exists() && !map_file(path).is_ok_and(|bytes| is_replaced(&bytes)) {
         let reason = "there is another file of this name; give another name, or remove it";
         return Err(failed(path, reason));
+    }
+    Ok(())
+}
+
+/// Refuses a type that a table's rows do not fill.
+fn check_table(source: &Source<'_>, table: &Tensor, dtype: DType) -> Result<(), Error> {
+    dtype.byte_len(table.shape()).map(drop).map_err(|reason| {
+        let reason = format!("the embedding and the head cannot be {dtype}: {reason}");
+        Error::file(&source.description.path, reason)
+    })
+}
+
+/// Hands the bytes of a table to `write`, in another type or as they are, a few rows at a time.
+fn write_table(
+    table: &Tensor,
+    dtype: DType,
+    mut write: impl FnMut(&[u8]) -> Result<(), Error>,
+) -> Result<(), Error> {
+    const ROWS: usize = 64;
+    if dtype == table.dtype() {
+        return table.data().chunks(1 << 20).try_for_each(write);
+    }
+    let encode = |rows: std::ops::Range<usize>| {
+        let mut bytes = Vec::new();
+        let mut values = vec![0.0; table.cols()];
+        for row in rows {
+            decode_row(table.dtype(), table.row(row), &mut values);
+            encode_row(dtype, &values, &mut bytes);
+        }
+        bytes
+    };
+    for first in (0..table.rows()).step_by(16 * ROWS) {
+        let last = table.rows().min(first + 16 * ROWS);
+        let blocks: Vec<_> =
+            (first..last).step_by(ROWS).map(|row| row..last.min(row + ROWS)).collect();
+        let blocks: Vec<Vec<u8>> = blocks.into_par_iter().map(encode).collect();
+        blocks.iter().try_for_each(|bytes| write(bytes))?;
     }
     Ok(())
 }

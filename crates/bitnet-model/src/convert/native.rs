@@ -27,7 +27,7 @@ pub(super) fn write(
             }
             Part::Screen(screen) => native::Part::Screen(screen),
         };
-        Ok((place.native_name(), part))
+        Ok((place.full_name(&TensorNames::NATIVE), part))
     };
     let description = source.description;
     let described = Described {

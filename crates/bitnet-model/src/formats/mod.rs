@@ -19,8 +19,8 @@ use std::fmt;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::{DType, Tensor};
 use bitnet_core::mmap::map_file;
+use bitnet_core::{DType, Tensor};
 
 use crate::error::Error;
 

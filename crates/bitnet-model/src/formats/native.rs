@@ -467,7 +467,7 @@ pub struct Described<'a> {
 }
 
 /// Writes a native file from a description and its parts in any order. Each part comes with its
-/// [`native_name`](crate::weights::PartPlace::native_name);
+/// [`full_name`](crate::weights::PartPlace::full_name);
 /// [`part_places`](crate::weights::part_places) lists which there must be.
 ///
 /// The file grows under another name (`PATH.part`) and is renamed when all of it is on the disk, so

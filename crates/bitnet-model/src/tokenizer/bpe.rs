@@ -7,7 +7,7 @@
 //! is checked when it is used, and a number that leads nowhere finds nothing.
 
 use std::cmp::Reverse;
-use std::collections::{BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
 
 use bitnet_core::{DType, Tensor};
 use bytes::Bytes;
@@ -128,6 +128,23 @@ impl Bpe {
                     == Some(word.as_bytes())
             })
             .map(|[_, _, id]| id)
+    }
+
+    /// Every token that has a spelling, by id.
+    pub(super) fn words(&self) -> BTreeMap<u32, &str> {
+        let word = |[start, length, id]: [u32; 3]| {
+            let bytes = self.spellings.get(start as usize..)?.get(..length as usize)?;
+            Some((id, std::str::from_utf8(bytes).ok()?)).filter(|(_, word)| !word.is_empty())
+        };
+        self.vocabulary.all().filter_map(word).collect()
+    }
+
+    /// The ids of the two halves of every merge, the first to be made first.
+    pub(super) fn ranked_merges(&self) -> Vec<[u32; 2]> {
+        let mut merges: Vec<[u32; 4]> =
+            self.merges.all().filter(|[left, ..]| *left != EMPTY).collect();
+        merges.sort_unstable_by_key(|[_, _, rank, _]| *rank);
+        merges.into_iter().map(|[left, right, ..]| [left, right]).collect()
     }
 
     /// Rank and id of what two neighbours become.
@@ -267,6 +284,13 @@ impl<const N: usize> Slots<N> {
     fn tensor(&self) -> Tensor {
         Tensor::new(DType::I32, vec![self.0.len() / (4 * N), N], self.0.clone())
             .expect("slots are whole rows")
+    }
+
+    /// Every slot, empty ones too.
+    fn all(&self) -> impl Iterator<Item = [u32; N]> {
+        let (numbers, _) = self.0.as_chunks::<4>();
+        let slots = numbers.chunks_exact(N);
+        slots.map(|slot| std::array::from_fn(|i| u32::from_le_bytes(slot[i])))
     }
 
     /// The slots where a key may be, in order.

@@ -48,6 +48,8 @@ pub struct GgufVocabulary {
     pub add_bos: Option<bool>,
     /// `add_eos_token`.
     pub add_eos: Option<bool>,
+    /// `unknown_token_id`, which is written and not needed to read.
+    pub unknown: Option<u32>,
     /// `add_space_prefix`.
     pub add_space_prefix: Option<bool>,
     /// `remove_extra_whitespaces`.
@@ -76,6 +78,7 @@ impl GgufVocabulary {
             eos: metadata.get("tokenizer.ggml.eos_token_id")?,
             add_bos: metadata.get("tokenizer.ggml.add_bos_token")?,
             add_eos: metadata.get("tokenizer.ggml.add_eos_token")?,
+            unknown: metadata.get("tokenizer.ggml.unknown_token_id")?,
             add_space_prefix: metadata.get("tokenizer.ggml.add_space_prefix")?,
             remove_extra_whitespaces: metadata.get("tokenizer.ggml.remove_extra_whitespaces")?,
         })
@@ -122,10 +125,10 @@ impl Tokenizer {
 }
 
 /// What the name of a pre-tokeniser stands for.
-struct PreTokenizer {
-    pattern: &'static str,
-    ignore_merges: bool,
-    nfc: bool,
+pub(super) struct PreTokenizer {
+    pub(super) pattern: &'static str,
+    pub(super) ignore_merges: bool,
+    pub(super) nfc: bool,
     /// Whether texts get a begin token where the file does not say.
     add_bos: bool,
 }
@@ -151,7 +154,10 @@ impl PreTokenizer {
         add_bos: false,
     };
 
-    fn named(name: &str) -> Option<Self> {
+    /// One name of each that can be written.
+    pub(super) const NAMES: [&'static str; 4] = ["llama-bpe", "smaug-bpe", "qwen2", "gpt-2"];
+
+    pub(super) fn named(name: &str) -> Option<Self> {
         match name {
             "llama-bpe" | "llama3" | "llama-v3" | "falcon3" | "falcon-e" | "falcon_e" => {
                 Some(Self::LLAMA_3)

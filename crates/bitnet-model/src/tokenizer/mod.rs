@@ -2,7 +2,9 @@
 //!
 //! One [`Tokenizer`], from three kinds of file: Hugging Face's `tokenizer.json`
 //! ([`Tokenizer::from_json`]), the vocabulary in a GGUF file's metadata ([`Tokenizer::from_gguf`])
-//! and SentencePiece's `tokenizer.model` ([`Tokenizer::from_sentencepiece`]).
+//! and SentencePiece's `tokenizer.model` ([`Tokenizer::from_sentencepiece`]). Each of them can be made
+//! of it again ([`Tokenizer::to_gguf`], [`Tokenizer::to_hugging_face`]), if it has what the tokenizer
+//! needs.
 //!
 //! Encoding has two halves. Special tokens are cut out of the text first; what lies between them
 //! goes through a `Segmentation`. Decoding needs none of that: every id stands for fixed bytes,
@@ -17,6 +19,8 @@ mod gguf;
 mod json;
 mod sentencepiece;
 mod stored;
+mod to_gguf;
+mod to_hugging_face;
 
 use std::collections::HashMap;
 
@@ -35,6 +39,7 @@ pub use detokenizer::Detokenizer;
 pub use gguf::GgufVocabulary;
 use sentencepiece::SentencePiece;
 pub use stored::StoredTokenizer;
+pub use to_hugging_face::HuggingFaceFiles;
 
 /// Ids at or above this are refused: tables are indexed by id, and no known vocabulary comes near.
 const MAX_VOCABULARY: usize = 1 << 24;
@@ -211,7 +216,7 @@ pub struct Tokenizer {
 }
 
 /// What stands around texts.
-#[derive(Debug, Clone, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Ends {
     /// Ids put before and after a text that asks for it.
@@ -366,6 +371,20 @@ impl Tokenizer {
             Segmentation::SentencePiece(rules) => rules.id_of(token),
         };
         self.ids.get(token).copied().or_else(in_model)
+    }
+
+    /// The name of a token in the vocabulary, by which [`id_of`](Self::id_of) finds it.
+    fn name_of(&self, id: u32) -> Option<String> {
+        let added = self.added_tokens.iter().find(|(other, _)| *other == id);
+        added.map(|(_, token)| token.content.clone()).or_else(|| match &self.segmentation {
+            Segmentation::Pipeline(pipeline) => {
+                pipeline.model.words().get(&id).map(|&word| word.to_owned())
+            }
+            Segmentation::SentencePiece(rules) => {
+                let piece = rules.description().pieces.get(id as usize)?;
+                Some(piece.text.clone())
+            }
+        })
     }
 
     /// Whether `id` is a special token, which `skip_special` leaves out of decoded text.

@@ -546,7 +546,8 @@ impl<'a> Loader<'a> {
             let module = name_in_model.split('.').next().unwrap_or(name_in_model);
             let harmless = name.ends_with("rotary_emb.inv_freq");
             let matters = match self.is_tiled() {
-                true => !native::is_apart(name),
+                // The screen is made of the head, and not every use of a file needs it.
+                true => !native::is_apart(name) && *name != SCREEN,
                 false => modules.contains(&module) && !harmless,
             };
             matters && !used.contains(*name)
@@ -566,7 +567,7 @@ impl<'a> Loader<'a> {
 
 /// Whether all weights that are not zero have one magnitude, in whatever form their scales are:
 /// float files give one per row, and rows of zeros give 0.
-fn has_one_scale(scale: &WeightScale) -> bool {
+pub(crate) fn has_one_scale(scale: &WeightScale) -> bool {
     let mut values = scale.values().iter().filter(|&&value| value != 0.0);
     let first = values.next();
     values.all(|value| Some(value) == first)

@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::formats::Tensors;
 use crate::pipeline;
 
-pub(crate) use loader::Loader;
+pub(crate) use loader::{Loader, has_one_scale};
 use places::linears;
 pub use places::{PartKind, PartPlace, part_places};
 

@@ -92,14 +92,15 @@ pub enum PartKind {
 }
 
 impl PartPlace {
-    /// Its name in a native file, if `name` is a native one.
-    pub fn native_name(&self) -> String {
+    /// Its full name in a file that calls its tensors `names`, of which `name` is one, without
+    /// `.weight` or what else the format puts behind it.
+    pub fn full_name(&self, names: &TensorNames) -> String {
         let suffix = match self.kind {
-            PartKind::Norm { of_projection: true, .. } => TensorNames::NATIVE.projection_norm,
+            PartKind::Norm { of_projection: true, .. } => names.projection_norm,
             _ => "",
         };
         match self.layer {
-            Some(layer) => format!("{}.{layer}.{}{suffix}", TensorNames::NATIVE.layer, self.name),
+            Some(layer) => format!("{}.{layer}.{}{suffix}", names.layer, self.name),
             None => self.name.to_owned(),
         }
     }

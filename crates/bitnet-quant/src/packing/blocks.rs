@@ -1,13 +1,16 @@
-//! Rows of stored numbers to f32: plain floats and ggml's block formats, to the same bits as
+//! Rows of stored numbers to f32 and back: plain floats and ggml's block formats, to the same bits as
 //! ggml's `dequantize_row_*` (`ggml/src/ggml-quants.c` in llama.cpp).
 //!
 //! Every product below is exact: an f16 scale has 11 significant bits, group scales and quants
 //! have at most 13 between them, and f32 has 24. Only the subtraction of `Q4_K` rounds, once, so it
 //! makes no difference whether ggml's compiler fused it with the product.
 
+mod encode;
+
 use bitnet_core::DType;
 
 use super::BlockPacking;
+pub use encode::encode_row;
 
 /// Decodes one row of `out.len()` elements.
 ///

@@ -65,7 +65,7 @@ impl Scale {
     }
 }
 
-/// The initializers of a model by the names of its parameters, without `.weight`.
+/// The initializers of a model by the full names of their places.
 #[derive(Default)]
 pub(super) struct Weights {
     pub(super) matrices: BTreeMap<String, Matrix>,
@@ -145,7 +145,7 @@ impl Builder<'_> {
             present.push(kept);
         }
         self.g.enter("/model/norm");
-        let norm = self.w.norms[&format!("model.{}", c.names.final_norm)].clone();
+        let norm = self.w.norms[c.names.final_norm].clone();
         let states = self.rms_norm(&hidden, &norm, c.norm_eps, c.norm_offset);
         if c.pooling.is_some() {
             let shape = [batch, tokens, Is(c.hidden_size)];
@@ -520,11 +520,8 @@ impl Builder<'_> {
     /// `states · headᵀ`
     fn head(&mut self, states: &Value, ids: &Value, vocabulary: usize) -> Value {
         let c = self.c;
-        let name = if self.w.tables.contains_key(c.names.head) {
-            c.names.head
-        } else {
-            c.names.embedding
-        };
+        let name =
+            if self.w.tables.contains_key(c.names.head) { c.names.head } else { c.names.embedding };
         self.g.enter("/lm_head");
         let table = self.table(name, |_, table| table.clone());
         let g = &mut *self.g;
@@ -537,9 +534,9 @@ impl Builder<'_> {
     }
 }
 
-/// The name of a layer's module.
-pub(super) fn full_name(config: &ModelConfig, layer: usize, name: &str) -> String {
-    format!("model.{}.{layer}.{name}", config.names.layer)
+/// The full name of a layer's module.
+fn full_name(config: &ModelConfig, layer: usize, name: &str) -> String {
+    format!("{}.{layer}.{name}", config.names.layer)
 }
 
 /// Where the nodes of a layer's module are.

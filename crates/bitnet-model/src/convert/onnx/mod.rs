@@ -8,17 +8,22 @@
 mod decoder;
 mod graph;
 
+use std::path::Path;
+
 use bitnet_core::backend::ActivationPrecision;
 use bitnet_core::{DType, Tensor, TernaryMatrix, WeightScale};
-use bitnet_quant::packing::blocks::decode_row;
 use bitnet_quant::packing::nbits::Blocks;
 
-use super::{Part, Source};
+use super::{Part, Source, holds, huggingface, write_table};
+use crate::config::{ModelConfig, WeightRule};
 use crate::error::Error;
 use crate::output::{FolderFile, OutputFolder};
 use crate::weights::{PartKind, PartPlace};
 use decoder::{INT8_BLOCKS, Matrix, Scale, Weights};
 use graph::{Graph, Place};
+
+/// The format's name in messages.
+const FORMAT: &str = "an ONNX folder";
 
 /// The file of the graph.
 const MODEL: &str = "model.onnx";
@@ -32,50 +37,46 @@ const ALIGNMENT: u64 = 4096;
 /// Blocks of a matrix with f32 inputs.
 const F32_BLOCKS: Blocks = Blocks { bits: 4, len: 128, cols: 128 };
 
-/// Writes the graph and the weights into a folder.
+/// Writes a folder, with the embedding and head in `head` or as they are.
 pub(super) fn write(
     source: &Source<'_>,
-    folder: &OutputFolder,
+    path: &Path,
+    head: Option<DType>,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(), Error> {
-    let (config, mut places) = source.renamed(source.config.names);
+    let description = huggingface::config(source, true, huggingface::divides(source)?);
+    let read = huggingface::described(source, &description)?;
+    holds::check(source, &read, FORMAT)?;
+    let (config, mut places) = source.renamed(read.names);
     places.retain(|(_, place)| !matches!(place.kind, PartKind::Screen));
     let encode = |place: &PartPlace, part| {
-        let name = match place.layer {
-            None if place.name == config.names.head => place.name.to_owned(),
-            None => format!("model.{}", place.name),
-            Some(layer) => {
-                let suffix = match place.kind {
-                    PartKind::Norm { of_projection: true, .. } => config.names.projection_norm,
-                    _ => "",
-                };
-                format!("{}{suffix}", decoder::full_name(&config, layer, place.name))
-            }
-        };
-        let offset = match place.kind {
-            PartKind::Norm { of_projection: false, .. } => config.norm_offset,
-            _ => 0.0,
-        };
-        Ok((name, encoded(part, source.precision, offset)))
+        let name = place.full_name(&config.names);
+        Ok((name, Encoded::new(part, place, &read, source.precision)))
     };
+
+    let folder = OutputFolder::create(path)?;
     let mut graph = Graph::default();
     let mut data = DataFile { file: folder.file(DATA)?, length: 0 };
     let mut weights = Weights::default();
     for part in source.parts(&places, encode, progress)? {
         let (name, part) = part?;
+        let parameter = match name == config.names.head {
+            true => name.clone(),
+            false => format!("model.{name}"),
+        };
         match part {
             Encoded::Table(table) => {
-                let table = data.table(&mut graph, format!("{name}.weight"), &table)?;
-                weights.tables.insert(place_name(&name).to_owned(), table);
+                let dtype = huggingface::table_type(&table, head);
+                let table = data.table(&mut graph, &parameter, &table, dtype)?;
+                weights.tables.insert(name, (table, dtype));
             }
             Encoded::Norm(values) => {
-                let bytes = bytes_of(&values);
-                let norm =
-                    graph.initializer(format!("{name}.weight"), DType::F32, &[values.len()], &bytes);
-                weights.norms.insert(name, norm);
+                let (shape, bytes) = ([values.len()], bytes_of(&values));
+                let weight = format!("{parameter}.weight");
+                weights.norms.insert(name, graph.initializer(weight, DType::F32, &shape, &bytes));
             }
             Encoded::Matrix(matrix) => {
-                let matrix = data.matrix(&mut graph, &name, &matrix)?;
+                let matrix = data.matrix(&mut graph, &parameter, &matrix)?;
                 weights.matrices.insert(name, matrix);
             }
         }
@@ -83,12 +84,9 @@ pub(super) fn write(
     data.file.finish()?;
     let vocabulary = source.tables.embedding.rows();
     decoder::build(&mut graph, &config, source.precision, &weights, vocabulary);
-    folder.write(MODEL, &graph.into_model())
-}
-
-/// The name of a table's place.
-fn place_name(name: &str) -> &str {
-    name.strip_prefix("model.").unwrap_or(name)
+    folder.write(MODEL, &graph.into_model())?;
+    huggingface::write_description(source, &folder, description)?;
+    folder.finish()
 }
 
 /// A part as the files hold it.
@@ -108,19 +106,35 @@ struct EncodedMatrix {
     scale: WeightScale,
 }
 
-fn encoded(part: Part, precision: ActivationPrecision, norm_offset: f32) -> Encoded {
-    match part {
-        Part::Table(table) => Encoded::Table(table),
-        Part::Norm(weight) => {
-            Encoded::Norm(weight.into_iter().map(|weight| weight - norm_offset).collect())
+impl Encoded {
+    /// A part as `read`, which the description of the written files gives, wants it.
+    fn new(
+        part: Part,
+        place: &PartPlace,
+        read: &ModelConfig,
+        precision: ActivationPrecision,
+    ) -> Self {
+        let offset = match place.kind {
+            PartKind::Norm { of_projection: false, .. } => read.norm_offset,
+            _ => 0.0,
+        };
+        match part {
+            Part::Table(table) => Encoded::Table(table),
+            Part::Norm(weight) => {
+                Encoded::Norm(weight.into_iter().map(|weight| weight - offset).collect())
+            }
+            Part::Matrix(matrix, _) => {
+                Encoded::Matrix(EncodedMatrix::new(&matrix, read.weights, precision))
+            }
+            Part::Screen(_) => unreachable!("screens are left out"),
         }
-        Part::Matrix(matrix, _) => Encoded::Matrix(EncodedMatrix::new(&matrix, precision)),
-        Part::Screen(_) => unreachable!("screens are left out"),
     }
 }
 
 impl EncodedMatrix {
-    fn new(matrix: &TernaryMatrix, precision: ActivationPrecision) -> Self {
+    /// `rule` is what a single scale will be read as.
+    fn new(matrix: &TernaryMatrix, rule: WeightRule, precision: ActivationPrecision) -> Self {
+        use ActivationPrecision::{F32, Int8};
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let (blocks, scale) = match (matrix.scale(), precision) {
             (WeightScale::Groups { len, values }, _) => {
@@ -129,15 +143,21 @@ impl EncodedMatrix {
                 let values = values.iter().flat_map(|&scale| std::iter::repeat_n(scale, per_group));
                 (blocks, WeightScale::Groups { len: blocks.cols, values: values.collect() })
             }
-            (scale, ActivationPrecision::Int8) => (INT8_BLOCKS, scale.clone()),
-            // A scale per row says by itself that it multiplies, whatever config.json says.
-            (WeightScale::Multiply(scale), ActivationPrecision::F32) => {
+            (WeightScale::Multiply(scale), Int8) if rule == WeightRule::Divide => {
+                (INT8_BLOCKS, WeightScale::Divide(1.0 / scale))
+            }
+            (WeightScale::Divide(scale), Int8) if rule != WeightRule::Divide => {
+                (INT8_BLOCKS, WeightScale::Multiply(1.0 / scale))
+            }
+            (scale, Int8) => (INT8_BLOCKS, scale.clone()),
+            // A scale per row says by itself that it multiplies.
+            (WeightScale::Multiply(scale), F32) => {
                 (F32_BLOCKS, WeightScale::Rows(vec![*scale; rows]))
             }
-            (WeightScale::Divide(scale), ActivationPrecision::F32) => {
+            (WeightScale::Divide(scale), F32) => {
                 (F32_BLOCKS, WeightScale::Rows(vec![1.0 / scale; rows]))
             }
-            (scale @ WeightScale::Rows(_), ActivationPrecision::F32) => (F32_BLOCKS, scale.clone()),
+            (scale @ WeightScale::Rows(_), F32) => (F32_BLOCKS, scale.clone()),
         };
         EncodedMatrix { rows, cols, blocks, codes: blocks.encode(matrix), scale }
     }
@@ -185,26 +205,18 @@ impl DataFile {
         Ok(graph.external(name, dtype, shape, DATA, place))
     }
 
-    /// Writes a table: floats as they are, blocks of GGUF as the f32 numbers that they stand for.
+    /// Writes a table in a float type.
     fn table(
         &mut self,
         graph: &mut Graph,
-        name: String,
+        module: &str,
         table: &Tensor,
-    ) -> Result<(graph::Value, DType), Error> {
-        let dtype = if table.dtype().is_float() { table.dtype() } else { DType::F32 };
-        if dtype == table.dtype() {
-            let value = self.constant(graph, name, dtype, table.shape(), table.data())?;
-            return Ok((value, dtype));
-        }
+        dtype: DType,
+    ) -> Result<graph::Value, Error> {
         let offset = self.begin()?;
-        let mut values = vec![0.0; table.cols()];
-        for row in 0..table.rows() {
-            decode_row(table.dtype(), table.row(row), &mut values);
-            self.append(&bytes_of(&values))?;
-        }
+        write_table(table, dtype, |bytes| self.append(bytes))?;
         let place = Place { offset, length: self.length - offset };
-        Ok((graph.external(name, dtype, table.shape(), DATA, place), dtype))
+        Ok(graph.external(format!("{module}.weight"), dtype, table.shape(), DATA, place))
     }
 
     fn matrix(

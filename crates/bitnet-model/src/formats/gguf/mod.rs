@@ -7,6 +7,7 @@
 mod metadata;
 #[cfg(test)]
 mod tests;
+mod writer;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -21,6 +22,7 @@ use crate::error::{Error, excerpt};
 
 use metadata::ElementType;
 pub use metadata::{Array, FromValue, Metadata, Value};
+pub(crate) use writer::{Entries, Line, Writer, header};
 
 /// The first bytes of a GGUF file.
 pub const MAGIC: &[u8] = b"GGUF";

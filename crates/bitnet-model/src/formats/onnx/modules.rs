@@ -20,7 +20,10 @@ pub(super) fn find(
             match weights.entry(parameter) {
                 Entry::Vacant(entry) => entry.insert(Form::Plain(tensor.clone())),
                 Entry::Occupied(entry) => {
-                    return Err(format!("has two initializers that are `{}`", excerpt(entry.key())));
+                    return Err(format!(
+                        "has two initializers that are `{}`",
+                        excerpt(entry.key())
+                    ));
                 }
             };
         }

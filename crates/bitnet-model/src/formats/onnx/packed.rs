@@ -176,11 +176,7 @@ pub(super) fn of_ternary(weights: &Tensor, is_transposed: bool) -> Result<Tensor
 }
 
 /// Packs the codes that `fill` writes for each row. Their scale is apart.
-fn packed(
-    rows: usize,
-    cols: usize,
-    fill: impl FnMut(usize, &mut [u8]),
-) -> Result<Tensor, String> {
+fn packed(rows: usize, cols: usize, fill: impl FnMut(usize, &mut [u8])) -> Result<Tensor, String> {
     let matrix = TernaryMatrix::from_rows(rows, cols, WeightScale::Multiply(1.0), fill)
         .map_err(|error| format!("is not ternary: {error}"))?;
     let shape = vec![rows.div_ceil(4), cols];

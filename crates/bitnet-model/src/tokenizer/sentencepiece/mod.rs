@@ -7,6 +7,7 @@
 
 mod charsmap;
 mod model_file;
+pub(super) use self::model_file::write as write_model;
 
 use std::cmp::Ordering;
 use std::collections::{BinaryHeap, HashMap};
@@ -36,6 +37,10 @@ pub(super) enum Kind {
 }
 
 impl Kind {
+    pub(super) fn number(self) -> i64 {
+        self as i64 + 1
+    }
+
     pub(super) fn from_number(number: i64) -> Option<Self> {
         use Kind::*;
         let index = usize::try_from(number.checked_sub(1)?).ok()?;

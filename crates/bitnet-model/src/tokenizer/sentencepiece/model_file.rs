@@ -1,4 +1,5 @@
-//! SentencePiece's `tokenizer.model`: a protocol-buffer message, of which a few fields are read.
+//! SentencePiece's `tokenizer.model`: a protocol-buffer message, of which a few fields are read and
+//! written.
 //!
 //! Field numbers are those of google/sentencepiece's `sentencepiece_model.proto`.
 
@@ -105,4 +106,66 @@ fn normalizer(message: &[u8], description: &mut Description) -> Result<(), Token
         }
     }
     Ok(())
+}
+
+fn put_varint(message: &mut Vec<u8>, mut value: u64) {
+    while value >= 0x80 {
+        message.push(value as u8 | 0x80);
+        value >>= 7;
+    }
+    message.push(value as u8);
+}
+
+fn put_number(message: &mut Vec<u8>, field: u64, value: u64) {
+    put_varint(message, field << 3);
+    put_varint(message, value);
+}
+
+fn put_bytes(message: &mut Vec<u8>, field: u64, bytes: &[u8]) {
+    put_varint(message, field << 3 | 2);
+    put_varint(message, bytes.len() as u64);
+    message.extend(bytes);
+}
+
+/// The file that [`read`] reads the same description from, but for what `tokenizer_config.json` says.
+pub(in crate::tokenizer) fn write(description: &Description) -> Vec<u8> {
+    let mut model = Vec::new();
+    let mut unknown = None;
+    for (id, piece) in (0u64..).zip(&description.pieces) {
+        let mut message = Vec::new();
+        put_bytes(&mut message, 1, piece.text.as_bytes());
+        put_varint(&mut message, 2 << 3 | 5);
+        message.extend(piece.score.to_le_bytes());
+        put_number(&mut message, 3, piece.kind.number() as u64);
+        put_bytes(&mut model, 1, &message);
+        if piece.kind == Kind::Unknown {
+            unknown = Some(id);
+        }
+    }
+    let algorithm = match description.algorithm {
+        Algorithm::Unigram => 1,
+        Algorithm::Bpe => 2,
+    };
+    // Absent tokens have id -1.
+    let id = |id: Option<u32>| id.map_or(u64::MAX, u64::from);
+    let mut trainer = Vec::new();
+    put_number(&mut trainer, 3, algorithm);
+    put_number(&mut trainer, 35, u64::from(description.byte_fallback));
+    put_number(&mut trainer, 40, unknown.unwrap_or(0));
+    put_number(&mut trainer, 41, id(description.bos));
+    put_number(&mut trainer, 42, id(description.eos));
+    put_number(&mut trainer, 43, u64::MAX);
+    put_bytes(&mut model, 2, &trainer);
+    let mut normalizer = Vec::new();
+    put_bytes(
+        &mut normalizer,
+        1,
+        if description.charsmap.is_empty() { b"identity" } else { b"user" },
+    );
+    put_bytes(&mut normalizer, 2, &description.charsmap);
+    put_number(&mut normalizer, 3, u64::from(description.add_dummy_prefix));
+    put_number(&mut normalizer, 4, u64::from(description.remove_extra_whitespaces));
+    put_number(&mut normalizer, 5, 1);
+    put_bytes(&mut model, 3, &normalizer);
+    model
 }
