@@ -1,7 +1,7 @@
 //! Which weight of which module each constant of a graph is.
 
-use std::collections::BTreeMap;
 use std::collections::btree_map::Entry;
+use std::collections::{BTreeMap, BTreeSet};
 
 use bitnet_core::{DType, Tensor};
 
@@ -15,7 +15,11 @@ pub(super) fn find(
     constants: &Constants<'_>,
 ) -> Result<BTreeMap<String, Form>, String> {
     let mut weights = BTreeMap::new();
-    for (name, tensor) in &constants.0 {
+    // These may be called after a parameter, and are parts of one.
+    let packed = graph.nodes.iter().filter(|node| node.op == "MatMulNBits");
+    let operands: BTreeSet<&str> =
+        packed.flat_map(|node| node.inputs.iter().skip(1)).copied().collect();
+    for (name, tensor) in constants.0.iter().filter(|(name, _)| !operands.contains(*name)) {
         if let Some(parameter) = parameter(name) {
             match weights.entry(parameter) {
                 Entry::Vacant(entry) => entry.insert(Form::Plain(tensor.clone())),
