@@ -165,9 +165,9 @@ enum Form {
     /// Numbers -1, 0 and 1 one by one, whose scale is apart.
     Ternary { weights: Tensor, transposed: bool },
     /// For `MatMulNBits`.
-    Packed(packed::Packed),
+    Packed(Box<packed::Packed>),
     /// The scales of a matrix for `MatMulNBits`, one per block of columns.
-    BlockScales(packed::Packed),
+    BlockScales(Box<packed::Packed>),
 }
 
 impl Form {

@@ -76,6 +76,7 @@ pub(super) fn find(
                 let has_scale = weights.contains_key(&scale);
                 let form = match packed::Packed::of_node(node, constants, has_scale) {
                     Ok(matrix) => {
+                        let matrix = Box::new(matrix);
                         if !has_scale {
                             weights.insert(scale, Form::BlockScales(matrix.clone()));
                         }

@@ -213,13 +213,9 @@ fn operands_that_are_not_ternary_or_do_not_fit_are_refused() {
     let weight = "model.layers.0.mlp.up_proj.weight";
     let reason = |bytes| parse(bytes).unwrap().get(weight).unwrap_err().to_string();
     assert!(reason(packed(&[0; 4], &[1.0; 4], None, 8)).contains("is not ternary"));
-    for (codes, scales, points, columns) in [
-        (4, 3, None, 8),
-        (4, 4, Some(3), 8),
-        (4, 4, None, 9),
-        (4, 4, None, 4),
-        (4, 4, None, 0),
-    ] {
+    for (codes, scales, points, columns) in
+        [(4, 3, None, 8), (4, 4, Some(3), 8), (4, 4, None, 9), (4, 4, None, 4), (4, 4, None, 0)]
+    {
         let (codes, scales) = (vec![0; codes], vec![1.0; scales]);
         let points = points.map(|len| vec![0; len]);
         let reason = reason(packed(&codes, &scales, points.as_deref(), columns));
