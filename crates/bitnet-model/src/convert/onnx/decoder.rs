@@ -14,7 +14,7 @@ use super::graph::Attribute::{Int, Ints};
 use super::graph::Extent::{Free, Is};
 use super::graph::{Graph, Value};
 use crate::config::{LayerConfig, ModelConfig};
-use crate::formats::onnx::{BLOCK_COLUMNS, COLUMNS};
+use crate::formats::onnx::{BLOCK_COLUMNS, COLUMNS, SCALE_COLUMNS};
 
 /// What stands for minus infinity in masks. A row that sees nothing stays a number.
 const MASKED: f32 = f32::MIN;
@@ -48,8 +48,8 @@ impl Matrix {
 pub(super) enum Scale {
     Multiply(Value),
     Divide(Value),
-    /// The blocks have scales.
-    Blocks,
+    /// The blocks have scales, the same for so many columns.
+    Blocks(usize),
 }
 
 impl Scale {
@@ -60,7 +60,7 @@ impl Scale {
                 Scale::Multiply(value(scale.values()))
             }
             WeightScale::Divide(_) => Scale::Divide(value(scale.values())),
-            WeightScale::Groups { .. } => Scale::Blocks,
+            WeightScale::Groups { len, .. } => Scale::Blocks(*len),
         }
     }
 }
@@ -480,6 +480,9 @@ impl Builder<'_> {
                 }
             };
         }
+        if let Scale::Blocks(cols) = matrix.scale {
+            texts.push((SCALE_COLUMNS, cols.to_string()));
+        }
         let g = &mut *self.g;
         let attributes = [
             ("K", Int(k as u64)),
@@ -494,7 +497,7 @@ impl Builder<'_> {
         match (&input.scale, &matrix.scale) {
             (None, Scale::Multiply(scale)) => g.op("Mul", &[&sums, scale]),
             (None, Scale::Divide(scale)) => g.op("Div", &[&sums, scale]),
-            (None, Scale::Blocks) => sums,
+            (None, Scale::Blocks(_)) => sums,
             (Some(input_scale), Scale::Multiply(scale)) => {
                 let product = g.op("Div", &[&sums, input_scale]);
                 g.op("Mul", &[&product, scale])
@@ -503,7 +506,7 @@ impl Builder<'_> {
                 let both = g.op("Mul", &[input_scale, scale]);
                 g.op("Div", &[&sums, &both])
             }
-            (Some(input_scale), Scale::Blocks) => g.op("Div", &[&sums, input_scale]),
+            (Some(input_scale), Scale::Blocks(_)) => g.op("Div", &[&sums, input_scale]),
         }
     }
 

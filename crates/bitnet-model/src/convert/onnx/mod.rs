@@ -8,6 +8,7 @@
 mod decoder;
 mod graph;
 
+use std::iter::repeat_n;
 use std::path::Path;
 
 use bitnet_core::backend::ActivationPrecision;
@@ -138,10 +139,8 @@ impl EncodedMatrix {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         let (blocks, scale) = match (matrix.scale(), precision) {
             (WeightScale::Groups { len, values }, _) => {
-                let blocks = blocks_in(*len);
-                let per_group = len / blocks.cols;
-                let values = values.iter().flat_map(|&scale| std::iter::repeat_n(scale, per_group));
-                (blocks, WeightScale::Groups { len: blocks.cols, values: values.collect() })
+                let scale = WeightScale::Groups { len: *len, values: values.clone() };
+                (blocks_in(*len), scale)
             }
             (WeightScale::Multiply(scale), Int8) if rule == WeightRule::Divide => {
                 (INT8_BLOCKS, WeightScale::Divide(1.0 / scale))
@@ -231,9 +230,11 @@ impl DataFile {
         let name = format!("{module}.weight_q{}", blocks.bits);
         let codes = self.constant(graph, name, DType::U8, &shape, codes)?;
         let block_scales = match scale {
-            WeightScale::Groups { values, .. } => {
+            WeightScale::Groups { len, values } => {
                 let name = format!("{module}.weight_block_scales");
-                let bytes = bytes_of(values);
+                let blocks = len / blocks.cols;
+                let of_blocks = values.iter().flat_map(|&scale| repeat_n(scale, blocks));
+                let bytes = bytes_of(&of_blocks.collect::<Vec<f32>>());
                 self.constant(graph, name, DType::F32, &[rows, per_row], &bytes)?
             }
             _ => self.ones(graph, rows, per_row)?,

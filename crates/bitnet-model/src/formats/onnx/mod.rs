@@ -22,7 +22,7 @@ use bytes::Bytes;
 use super::index::is_plain_file_name;
 use super::{DOWNLOAD_AGAIN, Recipe, Tensors, refuse_stand_in};
 use crate::error::{Error, excerpt};
-pub(crate) use packed::{BLOCK_COLUMNS, COLUMNS};
+pub(crate) use packed::{BLOCK_COLUMNS, COLUMNS, SCALE_COLUMNS};
 use proto::{Data, Graph, Initializer};
 
 /// Adds the weights of an ONNX file. What is stored as it is meant stays in the mapped file.

@@ -8,10 +8,11 @@ use bitnet_quant::packing::nbits::Blocks;
 use super::Constants;
 use super::proto::Node;
 
-/// Free texts of a `MatMulNBits` that `convert` writes: the columns of the matrix, and how many of
-/// them are in a block. Without them every code is a column.
+/// Free texts of a `MatMulNBits` that `convert` writes: the columns of the matrix, how many of them
+/// are in a block, and how many have a scale in common. Without them every code is a column.
 pub(crate) const COLUMNS: &str = "bitnet.columns";
 pub(crate) const BLOCK_COLUMNS: &str = "bitnet.columns_per_block";
+pub(crate) const SCALE_COLUMNS: &str = "bitnet.columns_per_scale";
 
 /// The second operand of ONNX Runtime's `MatMulNBits`: rows of blocks of codes, the first in the
 /// low bits. A weight is `(code - zero point) * scale`.
@@ -26,6 +27,8 @@ pub(super) struct Packed {
     /// Columns of the matrix.
     cols: usize,
     layout: Blocks,
+    /// Columns that have a scale in common, where that is known.
+    scale_cols: Option<usize>,
     /// Whether the matrix has a scale apart, so that those of the blocks are 1.
     scaled_apart: bool,
 }
@@ -58,6 +61,7 @@ impl Packed {
         let padded = number("K").ok_or_else(|| missing("K"))?;
         let cols = node.number(COLUMNS).unwrap_or(padded);
         let block_cols = node.number(BLOCK_COLUMNS).unwrap_or(block);
+        let scale_cols = node.number(SCALE_COLUMNS);
         let layout = Blocks { bits, len: block, cols: block_cols };
         if !matches!(bits, 2 | 4 | 8) {
             return Err(format!("its MatMulNBits has {bits} bits; 2, 4 and 8 are read"));
@@ -84,7 +88,7 @@ impl Packed {
                 scales.shape()
             ));
         }
-        Ok(Packed { codes, scales, zero_points, cols, layout, scaled_apart })
+        Ok(Packed { codes, scales, zero_points, cols, layout, scale_cols, scaled_apart })
     }
 
     fn rows(&self) -> usize {
@@ -128,21 +132,24 @@ impl Packed {
         })
     }
 
-    /// The scales, `[rows, groups]`: neighbouring blocks are one group where they have one scale
-    /// in every row.
+    /// The scales, `[rows, groups]`: one per row where all of its blocks have the same.
     pub(super) fn scale(&self) -> Result<Tensor, String> {
         let values = self.scale_values();
         let (rows, blocks) = (self.rows(), self.blocks());
-        let is_group = |len: &usize| {
-            blocks.is_multiple_of(*len)
-                && values.chunks(*len).all(|group| group.iter().all(|scale| *scale == group[0]))
+        let is_shared = |len: usize| {
+            values.chunks(len).all(|group| group.iter().all(|scale| *scale == group[0]))
         };
-        let len = (1..=blocks).rev().find(is_group).unwrap_or(1);
-        if len < blocks && blocks * self.layout.cols != self.cols {
-            return Err(format!(
-                "blocks of {} do not tile {} columns",
-                self.layout.cols, self.cols
-            ));
+        let len = match self.scale_cols {
+            Some(cols) if cols > 0 && cols.is_multiple_of(self.layout.cols) => {
+                cols / self.layout.cols
+            }
+            None if is_shared(blocks) => blocks,
+            _ => 1,
+        };
+        let tiles = len == blocks || blocks * self.layout.cols == self.cols;
+        if !tiles || !blocks.is_multiple_of(len) || !is_shared(len) {
+            let cols = len * self.layout.cols;
+            return Err(format!("groups of {cols} do not tile {} columns", self.cols));
         }
         let values: Vec<f32> = values.into_iter().step_by(len).collect();
         Ok(Tensor::from_f32(vec![rows, blocks / len], &values))
