@@ -464,6 +464,14 @@ pub struct ConvertArgs {
     #[arg(long)]
     pub verify: bool,
 
+    /// Ternarise a dense model, which without training ruins it, and measure how much
+    #[arg(long, conflicts_with = "verify")]
+    pub ternarise: bool,
+
+    /// Text by which --ternarise measures, at most 512 tokens of it [default: a short story]
+    #[arg(long, value_name = "FILE", requires = "ternarise")]
+    pub text: Option<PathBuf>,
+
     #[command(flatten)]
     pub file: FileArgs,
 }

@@ -105,10 +105,163 @@ fn where_nothing_can_be_written() {
 }
 
 #[test]
-fn other_formats_are_wrong_usage() {
-    let outcome = Folder::new().run(&["convert", "tiny", "t", "--to", "gguf"]);
-    assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""));
-    assert_eq!(Folder::new().run(&["convert", "tiny"]).code, Some(2));
+fn flags_that_do_not_fit_the_format_are_wrong_usage() {
+    let folder = Folder::new();
+    let refused = |arguments: &[&str], words: &str| {
+        let outcome = folder.run(&[&["convert", "tiny"], arguments].concat());
+        assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""), "{arguments:?}");
+        assert!(outcome.stderr.contains(words), "{arguments:?}: {}", outcome.stderr);
+    };
+    refused(&["t", "--to", "ggml"], "possible values");
+    refused(&[], "OUT");
+    refused(&["t.bitnet", "--type", "i2_s"], "--type is for GGUF files");
+    refused(&["t", "--to", "hf", "--type", "i2_s"], "--type is for GGUF files");
+    refused(&["t.bitnet", "--head", "f16"], "--head is for GGUF files");
+    refused(&["t", "--to", "hf", "--head", "q6_k"], "bf16, f16 or f32");
+    assert_eq!(fs::read_dir(folder.path("")).unwrap().count(), 0);
+}
+
+#[test]
+fn every_format_goes_back_to_the_same_story() {
+    let folder = Folder::new();
+    let story = ["run", "Once upon a time", "-n", "40"];
+    let expected = stdout_of(&story);
+    let mut from = "tiny";
+    for (to, flags) in [
+        ("a.gguf", &["--type", "i2_s"][..]),
+        ("b", &["--to", "hf-packed"]),
+        ("c.GGUF", &["--type", "tq2_0"]),
+        ("d.gguf", &["--type", "tq1_0", "--head", "bf16"]),
+        ("e.gguf", &["--type", "q2_0", "--head", "f32"]),
+        ("f", &["--to", "hf-packed", "--head", "bf16"]),
+        ("g.bitnet", &[]),
+    ] {
+        let outcome = succeeds(&folder, &[&["convert", from, to, "--verify"], flags].concat());
+        assert!(
+            outcome.stderr.ends_with("\nverified: the same results to the last bit\n"),
+            "{from} to {to}: {}",
+            outcome.stderr
+        );
+        assert_eq!(succeeds(&folder, &[&story[..], &["-m", to]].concat()).stdout, expected, "{to}");
+        from = to;
+    }
+    let rounded =
+        succeeds(&folder, &["convert", "g.bitnet", "h.gguf", "--head", "q8_0", "--verify"]);
+    let line = rounded.stderr.lines().last().unwrap();
+    assert!(line.starts_with("verified: results differ by at most "), "{line}");
+    assert!(line.contains("of 16 positions") && line.contains("(bound 0.5)"), "{line}");
+}
+
+#[test]
+fn a_dense_model_is_ternarised_when_asked_and_measured() {
+    let Some(path) = bitnet_testing::golden("trilm") else { return };
+    let folder = Folder::new();
+    let weights = folder.copy_of(&path, "dense").join("model.safetensors");
+    // Another mantissa for every second number: no longer one magnitude per row.
+    let mut bytes = fs::read(&weights).unwrap();
+    let data = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    bytes[data..].iter_mut().step_by(4).for_each(|byte| *byte ^= 0x55);
+    fs::write(&weights, bytes).unwrap();
+
+    let outcome = folder.run(&["convert", "dense", "d.bitnet"]);
+    assert_eq!(outcome.code, Some(1));
+    assert!(
+        outcome.stderr.contains("`bitnet convert --ternarise` makes one"),
+        "{}",
+        outcome.stderr
+    );
+    folder.write("text", "a few words to measure by");
+    let flags = ["convert", "dense", "d.bitnet", "--ternarise", "--text", "text"];
+    let stderr = succeeds(&folder, &flags).stderr;
+    let line = |start: &str| {
+        let found = stderr.lines().find(|line| line.starts_with(start));
+        found.unwrap_or_else(|| panic!("{start}: {stderr}")).to_owned()
+    };
+    assert!(line("note: ternarising").ends_with("the model is ruined"), "{stderr}");
+    let changed = line("changed of the weights (relative norm): self_attn.q_proj ");
+    assert_eq!(changed.matches(" %").count(), 7, "{changed}");
+    let perplexity = line("perplexity of ");
+    assert!(perplexity.contains(" before, ") && perplexity.ends_with(" after"), "{perplexity}");
+    succeeds(&folder, &["run", "a", "-m", "d.bitnet", "-n", "2"]);
+    // It is one like others now.
+    succeeds(&folder, &["convert", "d.bitnet", "d", "--to", "hf-packed", "--verify"]);
+
+    refused(
+        folder.run(&["convert", "tiny", "t.bitnet", "--ternarise"]),
+        1,
+        "tiny: is a ternary model already: leave out --ternarise",
+    );
+    let verified = ["convert", "dense", "e.bitnet", "--ternarise", "--verify"];
+    assert_eq!(folder.run(&verified).code, Some(2));
+    assert_eq!(folder.run(&["convert", "dense", "e.bitnet", "--text", "text"]).code, Some(2));
+}
+
+#[test]
+fn what_a_format_cannot_hold_is_one_sentence() {
+    let Some(path) = bitnet_testing::golden("llama-1.58-packed") else { return };
+    let path = path.to_str().unwrap();
+    let folder = Folder::new();
+    refused(
+        folder.run(&["convert", path, "l.gguf"]),
+        1,
+        &format!(
+            "{path}: a GGUF file cannot hold this model: TQ2_0 has blocks of 256 weights, which \
+             `ffn_down` of 256 x 640 does not fill"
+        ),
+    );
+    assert_eq!(fs::read_dir(folder.path("")).unwrap().count(), 0);
+}
+
+#[test]
+fn folders_are_not_overwritten() {
+    let folder = Folder::new();
+    let model = folder.model("model");
+    let before = fs::read_dir(&model).unwrap().count();
+    refused(
+        folder.run(&["convert", "model", "./model", "--to", "hf"]),
+        1,
+        "./model: cannot be written: it is the model that is to be converted; give another name",
+    );
+    refused(
+        folder.run(&["convert", "tiny", "model", "--to", "hf"]),
+        1,
+        "model: cannot be written: there is something of this name; give another name, or remove it",
+    );
+    assert_eq!(fs::read_dir(&model).unwrap().count(), before);
+    // Where the output would grow lies the model itself.
+    fs::rename(&model, folder.path("m.part")).unwrap();
+    refused(
+        folder.run(&["convert", "m.part", "m", "--to", "hf"]),
+        1,
+        "m: cannot be written: the model that is to be converted lies where it would grow, m.part; \
+         give another name",
+    );
+    assert_eq!(fs::read_dir(folder.path("m.part")).unwrap().count(), before);
+    fs::create_dir(folder.path("empty")).unwrap();
+    succeeds(&folder, &["convert", "tiny", "empty", "--to", "hf-packed"]);
+}
+
+#[cfg(unix)]
+#[test]
+fn a_disk_that_takes_no_more_is_one_sentence_and_nothing_is_left() {
+    let folder = Folder::new();
+    for (output, to) in [("t.bitnet", "bitnet"), ("t.gguf", "gguf"), ("t", "hf-packed")] {
+        // No file may grow beyond 100 kB.
+        let bitnet = env!("CARGO_BIN_EXE_bitnet");
+        let limited = format!("trap '' XFSZ; ulimit -f 200; exec {bitnet} \"$@\"");
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", &limited, "sh", "convert", "tiny", output, "--to", to]);
+        let result = command.current_dir(folder.path("")).output().unwrap();
+        let stderr = String::from_utf8(result.stderr).unwrap();
+        assert_eq!(result.status.code(), Some(1), "{to}: {stderr}");
+        assert!(
+            stderr.ends_with(": cannot be written: File too large (os error 27)\n"),
+            "{stderr}"
+        );
+        assert!(stderr.starts_with(&format!("error: {output}")), "{stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{stderr}");
+        assert_eq!(fs::read_dir(folder.path("")).unwrap().count(), 0, "{to}");
+    }
 }
 
 #[test]

@@ -6,6 +6,7 @@ pub mod chat;
 pub mod config;
 pub mod convert;
 pub mod decoder;
+pub mod dense;
 pub mod error;
 pub mod formats;
 mod known;

@@ -205,6 +205,64 @@ fn the_head_can_be_rounded_on_the_way() {
 }
 
 #[test]
+fn sentencepiece_vocabularies_go_where_there_is_room_for_them() {
+    let Some(source) = golden("llama-1.58-packed") else { return };
+    let folder = tempfile::tempdir().unwrap();
+    let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds/sentencepiece");
+    for seed in ["unigram", "bpe"] {
+        let model = folder.path().join(seed);
+        fs::create_dir(&model).unwrap();
+        for name in ["config.json", "model.safetensors"] {
+            fs::copy(source.join(name), model.join(name)).unwrap();
+        }
+        fs::copy(seeds.join(seed), model.join("tokenizer.model")).unwrap();
+        let model = open(&model);
+        // From a native file nothing can be copied.
+        let native = convert(&model, &folder.path().join("native"), &Target::Native).unwrap();
+        let target = Target::HuggingFace { packed: true, head: None };
+        let path = folder.path().join(format!("{seed}-hf"));
+        let hugging_face = convert(&native, &path, &target).unwrap();
+        assert!(path.join("tokenizer.model").is_file());
+        assert_same_ids(seed, &model, &hugging_face);
+        let gguf = convert(&model, &folder.path().join("gguf"), &gguf(DType::I2S));
+        match seed {
+            "bpe" => assert_same_ids(seed, &model, &gguf.unwrap()),
+            _ => {
+                let refused = gguf.err().unwrap().to_string();
+                assert!(refused.contains("it is a SentencePiece unigram model"), "{refused}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_pattern_of_words_that_has_no_name_in_gguf_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    fs::create_dir(&model).unwrap();
+    for entry in fs::read_dir(bitnet_testing::tiny_model()).unwrap() {
+        let path = entry.unwrap().path();
+        fs::copy(&path, model.join(path.file_name().unwrap())).unwrap();
+    }
+    let path = model.join("tokenizer.json");
+    let whole = fs::read_to_string(&path).unwrap();
+    let refused = |from: &str, to: &str| {
+        assert!(whole.contains(from), "{from}");
+        fs::write(&path, whole.replace(from, to)).unwrap();
+        let converted = convert(&open(&model), &folder.path().join("gguf"), &gguf(DType::I2S));
+        converted.err().map(|error| error.to_string()).unwrap_or_default()
+    };
+    let error = refused("{1,3}", "{1,4}");
+    assert!(error.contains("there is no name for how it cuts words"), "{error}");
+    // Without `ignore_merges` it is Smaug's.
+    let merges = match whole.contains("\"ignore_merges\":true") {
+        true => ["\"ignore_merges\":true", "\"ignore_merges\":false"],
+        false => ["\"ignore_merges\": true", "\"ignore_merges\": false"],
+    };
+    assert_eq!(refused(merges[0], merges[1]), "");
+}
+
+#[test]
 fn a_conversion_that_fails_leaves_what_was_there() {
     let folder = tempfile::tempdir().unwrap();
     let mut broken = source::open(TINY).unwrap();

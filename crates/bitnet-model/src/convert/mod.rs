@@ -225,18 +225,21 @@ fn check_path(checkpoint: &Checkpoint, path: &Path, target: &Target) -> Result<(
     let real = |path: &Path| path.canonicalize().ok();
     let mut own: Vec<PathBuf> = checkpoint.tensors.files().filter_map(real).collect();
     own.extend(real(&checkpoint.description.path));
-    for path in [path, &part_of(path)?] {
-        if path.is_file() && real(path).is_some_and(|path| own.contains(&path)) {
-            let reason = "it is the model that is to be converted; give another name";
-            return Err(failed(path, reason));
-        }
+    let part = part_of(path)?;
+    let is_own = |path: &Path| real(path).is_some_and(|path| own.contains(&path));
+    if is_own(path) && (path.is_file() || target.is_folder()) {
+        let reason = "it is the model that is to be converted; give another name";
+        return Err(failed(path, reason));
+    }
+    if is_own(&part) {
+        let reason = format!(
+            "the model that is to be converted lies where it would grow, {}; give another name",
+            part.display()
+        );
+        return Err(failed(path, reason));
     }
     if target.is_folder() {
         let is_empty = |path: &Path| path.read_dir().is_ok_and(|mut names| names.next().is_none());
-        if real(path).is_some_and(|path| own.contains(&path)) {
-            let reason = "it is the model that is to be converted; give another name";
-            return Err(failed(path, reason));
-        }
         if path.exists() && !is_empty(path) {
             let reason = "there is something of this name; give another name, or remove it";
             return Err(failed(path, reason));

@@ -239,6 +239,9 @@ impl<'a> Loader<'a> {
         if let Some(precision) = self.options.precision {
             return Ok(precision);
         }
+        if self.options.ternarise {
+            return Ok(ActivationPrecision::Int8);
+        }
         let c = self.config;
         match c.precision {
             Precision::Known(precision) => Ok(precision),
@@ -439,6 +442,31 @@ impl<'a> Loader<'a> {
         Ok(matrix)
     }
 
+    /// The float weights `[rows, cols]` of one linear layer of a dense model.
+    pub(crate) fn dense(
+        &self,
+        layer: usize,
+        name: &str,
+        rows: usize,
+        cols: usize,
+    ) -> Result<Tensor, Error> {
+        let full_name = format!("{}.weight", self.module(layer, name));
+        let weight = self.need(&full_name)?;
+        if weight.shape() != [rows, cols] || !weight.dtype().is_float() {
+            return Err(self.error(
+                &full_name,
+                format!("is {} {:?}: floats are needed", weight.dtype(), weight.shape()),
+            ));
+        }
+        let names = &self.config.names;
+        if !(self.config.interleaved_rope_rows && (name == names.q || name == names.k)) {
+            return Ok(weight.clone());
+        }
+        let order = self.half_split_order(rows);
+        let data: Vec<u8> = order.iter().flat_map(|&row| weight.row(row)).copied().collect();
+        Ok(Tensor::new(weight.dtype(), vec![rows, cols], data.into())?)
+    }
+
     /// A module's matrix with its rows as they are stored.
     pub(super) fn stored_matrix(
         &self,
@@ -475,10 +503,16 @@ impl<'a> Loader<'a> {
                 &weight_name,
                 format!("is {dtype}: a linear layer must be ternary or float"),
             )),
+            _ if rule == WeightRule::Exact && self.options.ternarise => {
+                ternary::absmean(&weight).map_err(failed)
+            }
             _ if rule == WeightRule::Exact => ternary::exact(&weight).map_err(|error| {
                 self.error(
                     &weight_name,
-                    format!("{error}; this is a dense model, and only ternary models run here"),
+                    format!(
+                        "{error}; this is a dense model, and only ternary models run here; \
+                         `bitnet convert --ternarise` makes one of it"
+                    ),
                 )
             }),
             // A float GGUF holds either weights that were ternarised before, or master weights.

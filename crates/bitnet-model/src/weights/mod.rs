@@ -34,6 +34,8 @@ pub struct LoadOptions {
     pub precision: Option<ActivationPrecision>,
     /// Copies into memory what would stay in the mapped files.
     pub in_memory: bool,
+    /// Ternarises the weights of a dense model, and quantises its inputs, where they would be refused.
+    pub ternarise: bool,
 }
 
 /// How far loading has come.
