@@ -37,6 +37,7 @@ pub fn from_bytes(bytes: Bytes, path: &Path, into: &mut Tensors) -> Result<(), E
     let graph = proto::graph(&bytes).map_err(|reason| Error::file(path, reason))?;
     let constants = Constants::read(&bytes, path, &graph)?;
     let found = modules::find(&graph, &constants).map_err(|reason| Error::file(path, reason))?;
+    drop((graph, constants));
     for (name, form) in found {
         match form.recipe() {
             Ok(recipe) => into.insert_recipe(path, name, recipe)?,
@@ -53,8 +54,10 @@ impl<'a> Constants<'a> {
     fn read(bytes: &Bytes, path: &Path, graph: &Graph<'a>) -> Result<Self, Error> {
         let mut files = ExternalFiles { path, open: BTreeMap::new() };
         let mut constants = BTreeMap::new();
-        for initializer in &graph.initializers {
-            let tensor = files.tensor(initializer, bytes)?;
+        for message in &graph.initializers {
+            let initializer =
+                Initializer::read(message).map_err(|reason| Error::file(path, reason))?;
+            let tensor = files.tensor(&initializer, bytes)?;
             if constants.insert(initializer.name, tensor).is_some() {
                 return Err(Error::tensor(path, initializer.name, "appears twice"));
             }

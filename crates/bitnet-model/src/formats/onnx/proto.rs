@@ -20,7 +20,8 @@ impl From<Broken> for String {
 /// What is read of a graph.
 #[derive(Debug, Default)]
 pub(super) struct Graph<'a> {
-    pub(super) initializers: Vec<Initializer<'a>>,
+    /// Messages for [`Initializer::read`].
+    pub(super) initializers: Vec<&'a [u8]>,
     /// The operations that weights pass through.
     pub(super) nodes: Vec<Node<'a>>,
 }
@@ -91,7 +92,7 @@ pub(super) fn graph(model: &[u8]) -> Result<Graph<'_>, String> {
             (5, Wire::Bytes(_)) if graph.initializers.len() == MAX_TENSORS => {
                 return Err(format!("has more than {MAX_TENSORS} initializers"));
             }
-            (5, Wire::Bytes(tensor)) => graph.initializers.push(Initializer::read(tensor)?),
+            (5, Wire::Bytes(tensor)) => graph.initializers.push(tensor),
             _ => {}
         }
     }
