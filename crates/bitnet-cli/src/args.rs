@@ -3,6 +3,20 @@
 //! What the flags mean is said where they are used, in [`commands`](crate::commands): a file that
 //! is to be read is a path here and a prompt there.
 
+mod bench;
+mod config;
+mod convert;
+mod eval;
+mod hub;
+mod perplexity;
+
+pub use bench::{BenchArgs, BenchFormat};
+pub use config::ConfigArgs;
+pub use convert::{ConvertArgs, HeadChoice, PackingChoice, TargetFormat};
+pub use eval::EvalArgs;
+pub use hub::{ListArgs, PullArgs, RmArgs};
+pub use perplexity::PerplexityArgs;
+
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
@@ -17,13 +31,18 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     max_term_width = 80,
     after_help = "\
 MODEL is `tiny` (built in, the default), the folder of a Hugging Face
-checkpoint, or a .gguf or .bitnet file. Results go to stdout, with --json for machines;
-notes and timing go to stderr, and with BITNET_LOG=debug what took which time.
+checkpoint, a .gguf or .bitnet file, or the name of a model on the Hugging Face
+hub: org/name[@REVISION][:FILE]. Results go to stdout, with --json for
+machines; notes and timing go to stderr, and with BITNET_LOG=debug what took
+which time. NO_COLOR=1 turns colours off.
+
+Flags that you give each time can be kept: `bitnet config --help`.
 
 Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
 Examples:
   bitnet run \"Once upon a time\"
+  bitnet run -m microsoft/bitnet-b1.58-2B-4T --chat \"Why is the sky blue?\"
   bitnet info -m models/bitnet-2b.gguf
   bitnet tokenize --json \"Hello\""
 )]
@@ -34,6 +53,10 @@ pub struct Cli {
     /// Print neither notes nor timing on stderr; errors only
     #[arg(short, long, global = true)]
     pub quiet: bool,
+
+    /// Take the defaults of a profile in the configuration file
+    #[arg(long = "use", value_name = "PROFILE", global = true)]
+    pub use_profile: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -48,7 +71,13 @@ pub enum Command {
     Detokenize(DetokenizeArgs),
     /// Turn a text into one vector, with an embedding model
     Embed(EmbedArgs),
-    /// Write a model as a .bitnet file, which starts at once
+    /// Fetch a model from the Hugging Face hub
+    Pull(PullArgs),
+    /// List the models that have been fetched
+    List(ListArgs),
+    /// Remove a model that has been fetched
+    Rm(RmArgs),
+    /// Write a model in another format: .bitnet, GGUF or Hugging Face
     Convert(ConvertArgs),
     /// Describe a model without loading its weights
     Info(InfoArgs),
@@ -58,6 +87,12 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how fast a model reads and writes
     Bench(BenchArgs),
+    /// Measure how well a model foretells texts
+    Perplexity(PerplexityArgs),
+    /// Measure how many multiple-choice questions a model answers
+    Eval(EvalArgs),
+    /// Show which defaults are in force, and where they come from
+    Config(ConfigArgs),
     /// Print a script that lets a shell complete commands and flags
     Completions(CompletionsArgs),
     /// Write the manual pages
@@ -67,7 +102,7 @@ pub enum Command {
 /// A model by itself.
 #[derive(Debug, Args)]
 pub struct ModelName {
-    /// `tiny` (built in), a checkpoint folder, or a .gguf or .bitnet file
+    /// `tiny` (built in), a checkpoint folder, a .gguf or .bitnet file, or org/name on the hub
     #[arg(short, long, value_name = "MODEL", default_value = "tiny")]
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub model: String,
@@ -387,95 +422,6 @@ pub struct EmbedArgs {
     pub kv_type: KvTypeChoice,
 }
 
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum TargetFormat {
-    /// A .bitnet file
-    Bitnet,
-    /// A Hugging Face folder with float weights
-    Hf,
-    /// A Hugging Face folder with two bits per weight
-    HfPacked,
-    /// A GGUF file
-    Gguf,
-    /// A folder with model.onnx, for ONNX Runtime
-    Onnx,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum PackingChoice {
-    #[value(name = "tq2_0")]
-    Tq2_0,
-    #[value(name = "tq1_0")]
-    Tq1_0,
-    #[value(name = "i2_s")]
-    I2S,
-    #[value(name = "q2_0")]
-    Q2_0,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum HeadChoice {
-    Bf16,
-    F16,
-    #[value(name = "q8_0")]
-    Q8_0,
-    #[value(name = "q6_k")]
-    Q6K,
-    F32,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-A .bitnet file has everything in one: weights as the processor reads them, the
-vocabulary and the chat template. It is mapped, not read, when it is opened.
-The other formats are for other programs. Not every format holds every model;
-what cannot be kept is refused, and what is rounded is said.
-
-Examples:
-  bitnet convert models/bitnet-b1.58-2B-4T bitnet-2b.bitnet
-  bitnet convert models/bitnet-2b.gguf bitnet-2b.bitnet --verify
-  bitnet convert bitnet-2b.bitnet bitnet-2b.gguf --type i2_s --head f16
-  bitnet convert bitnet-2b.gguf models/bitnet-2b --to hf-packed
-  bitnet convert bitnet-2b.gguf models/bitnet-2b-onnx --to onnx
-  bitnet run -m bitnet-2b.bitnet \"Once upon a time\"")]
-pub struct ConvertArgs {
-    /// The model to convert
-    #[arg(value_name = "IN", value_parser = NonEmptyStringValueParser::new())]
-    pub input: String,
-
-    /// The file or folder to write
-    #[arg(value_name = "OUT", value_parser = NonEmptyStringValueParser::new())]
-    pub output: String,
-
-    /// Format to write [default: gguf if OUT ends so, else bitnet]
-    #[arg(long, value_enum, value_name = "FORMAT")]
-    pub to: Option<TargetFormat>,
-
-    /// Type of the linear layers in a GGUF file [default: tq2_0]
-    #[arg(long = "type", value_enum, value_name = "TYPE")]
-    pub packing: Option<PackingChoice>,
-
-    /// Type of the embedding and the output head in a GGUF file, Hugging Face or ONNX folder
-    /// [default: as they are]
-    #[arg(long, value_enum, value_name = "TYPE")]
-    pub head: Option<HeadChoice>,
-
-    /// Run a prompt through both models and compare the results
-    #[arg(long)]
-    pub verify: bool,
-
-    /// Ternarise a dense model, which without training ruins it, and measure how much
-    #[arg(long, conflicts_with = "verify")]
-    pub ternarise: bool,
-
-    /// Text by which --ternarise measures, at most 512 tokens of it [default: a short story]
-    #[arg(long, value_name = "FILE", requires = "ternarise")]
-    pub text: Option<PathBuf>,
-
-    #[command(flatten)]
-    pub file: FileArgs,
-}
-
 #[derive(Debug, Args)]
 #[command(after_help = "\
 Examples:
@@ -520,6 +466,10 @@ pub struct ManArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnet devices
+  bitnet devices --json")]
 pub struct DevicesArgs {
     /// Print {"devices":[..]}
     #[arg(long)]
@@ -530,7 +480,8 @@ pub struct DevicesArgs {
 #[command(after_help = "\
 A fingerprint is what a model computes for a fixed prompt, to the last bit.
 It is the same on every CPU, so one that differs means a fault in the machine,
-the model file, or this program.
+the model file, or this program. Of a model with -m it also shows what it makes
+of an easy text: files that contradict themselves make gibberish.
 
 Examples:
   bitnet doctor
@@ -551,110 +502,6 @@ pub struct DoctorArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-pp512 reads a prompt of 512 tokens up to the first token after it, tg128
-generates 128 tokens greedily, tg128x4@1000 does so for 4 sequences at once
-that hold 1000 tokens each. Every test runs once to warm up and then --reps
-times. What the columns mean is in docs/performance.md. --ops measures single
-operations on weights that stay in the cache, --grade what a user of the
-model meets, with marks from A+ to D.
-
-Examples:
-  bitnet bench
-  bitnet bench --shape bitnet-2b-4t -p 128,512 -n 64 -t 1,2 --ceilings
-  bitnet bench -m models/bitnet-2b.gguf -p 0 -n 64 -d 0,1000,4000 --kv-type f16
-  bitnet bench --shape bitnet-2b-4t --gate-sparsity 0 --format json")]
-pub struct BenchArgs {
-    #[command(flatten)]
-    pub model: ModelName,
-
-    /// Measure single operations in place of a model
-    #[arg(long, conflicts_with_all = ["model", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings"])]
-    pub ops: bool,
-
-    /// Measure requests, a batch, memory and this machine, and grade them
-    #[arg(long, conflicts_with_all = ["ops", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings", "threads"])]
-    pub grade: bool,
-
-    /// Random weights of a known shape in place of a model
-    #[arg(long, value_name = "NAME", value_parser = shape_names(), conflicts_with = "model")]
-    pub shape: Option<String>,
-
-    /// Share of gates that are zero, 0 to 1, with a shape that has relu2
-    #[arg(long, value_name = "F", requires = "shape", value_parser = share)]
-    #[arg(allow_negative_numbers = true)]
-    pub gate_sparsity: Option<f64>,
-
-    /// Tokens of the prompts to read; 0 reads none
-    #[arg(short, long, value_name = "TOKENS", value_delimiter = ',', default_value = "512")]
-    #[arg(value_parser = test_tokens)]
-    pub prompt: Vec<usize>,
-
-    /// Tokens to generate; 0 generates none
-    #[arg(short = 'n', long, value_name = "TOKENS", value_delimiter = ',', default_value = "128")]
-    #[arg(value_parser = test_tokens)]
-    pub generate: Vec<usize>,
-
-    /// Tokens that are in the context before each test
-    #[arg(short, long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
-    #[arg(value_parser = test_tokens)]
-    pub depth: Vec<usize>,
-
-    /// Sequences at once
-    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub batch: Vec<u16>,
-
-    /// Numbers of threads [default: one per physical core]
-    #[arg(short, long, value_name = "N", value_delimiter = ',', value_parser = threads)]
-    pub threads: Vec<usize>,
-
-    /// Repetitions of each test
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
-    pub reps: u16,
-
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
-
-    /// Measure what the machine can do at most, and each result's share of it
-    #[arg(long)]
-    pub ceilings: bool,
-
-    /// Form of the results
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = BenchFormat::Table)]
-    pub format: BenchFormat,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum BenchFormat {
-    Table,
-    Json,
-    Csv,
-    Md,
-}
-
-fn shape_names() -> clap::builder::PossibleValuesParser {
-    bitnet_model::shapes::ALL.map(|shape| shape.name).into()
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
-    share.ok_or_else(|| "give a share from 0 to 1, such as 0.5".to_owned())
-}
-
-/// Far more than any model's context.
-const MAX_TEST_TOKENS: usize = 1 << 24;
-
-fn test_tokens(text: &str) -> Result<usize, String> {
-    text.parse()
-        .ok()
-        .filter(|&n| n <= MAX_TEST_TOKENS)
-        .ok_or_else(|| format!("give a number from 0 to {MAX_TEST_TOKENS}"))
 }
 
 /// More threads than any machine this runs on has cores.
@@ -694,6 +541,18 @@ mod tests {
     #[test]
     fn the_flags_do_not_contradict_each_other() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_examples_in_lines_that_fit_a_terminal() {
+        let cli = Cli::command();
+        for command in std::iter::once(&cli).chain(cli.get_subcommands()) {
+            let name = command.get_name();
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example") && help.contains("\n  bitnet "), "{name}");
+            let longest = help.lines().max_by_key(|line| line.chars().count()).unwrap_or("");
+            assert!(longest.chars().count() <= 80, "{name}: {longest}");
+        }
     }
 
     #[test]

@@ -6,17 +6,23 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 18] = [
     "run",
     "logits",
     "tokenize",
     "detokenize",
     "embed",
+    "pull",
+    "list",
+    "rm",
     "convert",
     "info",
     "devices",
     "doctor",
     "bench",
+    "perplexity",
+    "eval",
+    "config",
     "completions",
     "man",
 ];

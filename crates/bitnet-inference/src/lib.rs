@@ -15,6 +15,7 @@ mod kv_cache;
 mod masks;
 pub mod model;
 pub mod model_cache;
+pub mod perplexity;
 pub mod random;
 pub mod request;
 mod runner;
@@ -32,6 +33,8 @@ pub use benchmark::{Benchmark, benchmark};
 pub use bitnet_core::backend::KvType;
 pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
+#[cfg(feature = "hub")]
+pub use bitnet_model::hub;
 pub use bitnet_model::weights::LoadProgress;
 pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
 pub use conversation::ConversationError;

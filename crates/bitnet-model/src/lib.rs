@@ -9,6 +9,8 @@ pub mod decoder;
 pub mod dense;
 pub mod error;
 pub mod formats;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod known;
 mod output;
 mod pipeline;

@@ -2,15 +2,21 @@
 
 mod bench;
 mod completions;
+mod config;
 mod convert;
 mod detokenize;
 mod devices;
 mod doctor;
 mod embed;
+mod eval;
 mod info;
+mod list;
 mod logits;
 mod man;
+mod perplexity;
 mod profile;
+mod pull;
+mod rm;
 mod run;
 mod tokenize;
 
@@ -23,6 +29,7 @@ use bitnet_core::Device;
 use bitnet_core::backend::{ActivationPrecision, KvType};
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::chat::ChatTemplate;
+use bitnet_model::hub::HubName;
 use bitnet_model::source::Description;
 use bitnet_model::weights::LoadOptions;
 use bitnet_quant::packing::i2_s::I2sLayout;
@@ -31,6 +38,7 @@ use crate::args::{
     ActivationsChoice, Command, DeviceChoice, FileArgs, I2sLayoutChoice, KvTypeChoice, ModelArgs,
 };
 use crate::output::Messages;
+use crate::settings::Settings;
 
 /// The flags are wrong in a way that only their meaning shows.
 #[derive(Debug)]
@@ -44,19 +52,25 @@ impl std::fmt::Display for WrongUsage {
 
 impl std::error::Error for WrongUsage {}
 
-/// Runs one command.
-pub fn run(command: Command, messages: &Messages) -> Result<()> {
+/// Runs one command. `settings` have become defaults of its flags already.
+pub fn run(command: Command, settings: &Settings, messages: &Messages) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, messages),
         Command::Logits(args) => logits::run(args, messages),
         Command::Tokenize(args) => tokenize::run(args, messages),
         Command::Detokenize(args) => detokenize::run(args, messages),
         Command::Embed(args) => embed::run(args, messages),
+        Command::Pull(args) => pull::run(args, messages),
+        Command::List(args) => list::run(args, messages),
+        Command::Rm(args) => rm::run(args, messages),
         Command::Convert(args) => convert::run(args, messages),
         Command::Info(args) => info::run(args),
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
         Command::Bench(args) => bench::run(args, messages),
+        Command::Perplexity(args) => perplexity::run(args, messages),
+        Command::Eval(args) => eval::run(args, messages),
+        Command::Config(args) => config::run(args, settings),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args, messages),
     }
@@ -93,12 +107,24 @@ fn load_options(args: &FileArgs) -> LoadOptions {
     LoadOptions { i2s_layout, precision, ..LoadOptions::default() }
 }
 
+/// The name of a model on the hub.
+fn hub_name(text: &str) -> Result<HubName, WrongUsage> {
+    let refused = || {
+        WrongUsage(format!(
+            "`{text}` is not the name of a model on the hub: give org/name, org/name@REVISION or \
+             org/name:FILE"
+        ))
+    };
+    HubName::parse(text).ok_or_else(refused)
+}
+
 /// Loads a model to run it.
 fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
     open(&args.name.model, &model_options(args), messages)
 }
 
 fn open(name: &str, options: &ModelOptions, messages: &Messages) -> Result<Model> {
+    pull::fetch(name, messages)?;
     let model = Model::open(name, options)?;
     show_notes(model.description(), messages);
     Ok(model)

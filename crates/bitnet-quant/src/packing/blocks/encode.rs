@@ -2,6 +2,7 @@
 //! `ggml/src/ggml-quants.c` of llama.cpp).
 
 use bitnet_core::DType;
+use bitnet_core::numerics::round_to_i32;
 use half::{bf16, f16};
 
 use super::{f16_to_f32, f32_to_f16};
@@ -51,13 +52,13 @@ fn q6_k(values: &[f32], out: &mut Vec<u8>) {
     let d = if largest.abs() < SMALLEST { [0; 2] } else { f32_to_f16(largest / -128.0) };
     if d != [0; 2] {
         for (step, scale) in steps.iter_mut().zip(scales) {
-            *step = nearest(scale * (-128.0 / largest)).min(127.0) as i8;
+            *step = round_to_i32(scale * (-128.0 / largest)).min(127) as i8;
         }
     }
     for (index, &value) in values.iter().enumerate() {
         let scale = f16_to_f32(d) * f32::from(steps[index / 16]);
         let q = if scale == 0.0 { 0.0 } else { (value / scale).clamp(-32.0, 31.0) };
-        let q = (nearest(q) as i8 + 32) as u8;
+        let q = (round_to_i32(q) + 32) as u8;
         // Each half of 128 values is four quarters of 32; `decode_row` describes their places.
         let (half, quarter, m) = (index / 128, index % 128 / 32, index % 32);
         low[64 * half + 32 * (quarter % 2) + m] |= (q & 15) << (4 * (quarter / 2));
@@ -67,13 +68,6 @@ fn q6_k(values: &[f32], out: &mut Vec<u8>) {
     out.extend(high);
     out.extend(steps.map(|step| step as u8));
     out.extend(d);
-}
-
-/// The nearest whole number, ties to even, of one below 2^22: beyond 1.5 * 2^23 there are no
-/// fractions. A billion values pass here for one head, and not every processor has an instruction for it.
-fn nearest(x: f32) -> f32 {
-    const NO_FRACTIONS: f32 = 12_582_912.0;
-    (x + NO_FRACTIONS) - NO_FRACTIONS
 }
 
 /// The scale by which a group as whole steps from -32 to 31 has the least squared error, each error
@@ -90,7 +84,7 @@ fn best_scale(group: &[f32]) -> f32 {
         let inverse = -(32.0 + 0.1 * shift as f32) / largest;
         let (mut with_value, mut squares) = (0.0f32, 0.0f32);
         for value in group {
-            let q = nearest(value * inverse).clamp(-32.0, 31.0);
+            let q = round_to_i32(value * inverse).clamp(-32, 31) as f32;
             let weight = value * value;
             with_value += weight * value * q;
             squares += weight * q * q;

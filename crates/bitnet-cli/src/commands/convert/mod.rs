@@ -1,5 +1,7 @@
 //! `bitnet convert`: a model in another format.
 
+mod ternarise;
+
 use std::fs;
 use std::path::Path;
 use std::time::Instant;
@@ -9,11 +11,10 @@ use bitnet_core::DType;
 use bitnet_core::budget::human_bytes;
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::convert::{self, Options, Target};
-use bitnet_model::dense::{self, DenseReport};
-use bitnet_model::source::{self, Checkpoint};
-use bitnet_model::tokenizer::Special;
+use bitnet_model::source;
 use bitnet_model::weights::LoadOptions;
 
+use self::ternarise::Measured;
 use super::WrongUsage;
 use crate::args::{ConvertArgs, HeadChoice, PackingChoice, TargetFormat};
 use crate::output::Messages;
@@ -31,9 +32,10 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
     let target = target(&args)?;
     let load = LoadOptions { ternarise: args.ternarise, ..super::load_options(&args.file) };
     let path = Path::new(&args.output);
+    super::pull::fetch(&args.input, messages)?;
     let checkpoint = source::open(&args.input)?;
     let dense = match args.ternarise {
-        true => Some(measure_dense(&checkpoint, args.text.as_deref(), messages)?),
+        true => Some(Measured::of(&checkpoint, args.text.as_deref(), messages)?),
         false => None,
     };
     let converted = convert::to(&checkpoint, path, &target, Options { load }, |done, all| {
@@ -61,79 +63,6 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
         );
     }
     Ok(())
-}
-
-/// What `--ternarise` reads by default: a story from the validation part of TinyStories.
-const PASSAGE: &str = include_str!("passage.txt");
-
-/// Most tokens that it reads.
-const MOST_TOKENS: usize = 512;
-
-/// A dense model's text, and what was measured on it before it was ternarised.
-struct Measured {
-    tokens: Vec<u32>,
-    report: DenseReport,
-}
-
-fn measure_dense(
-    checkpoint: &Checkpoint,
-    text: Option<&Path>,
-    messages: &Messages,
-) -> Result<Measured> {
-    let text = text.map_or_else(|| Ok(PASSAGE.to_owned()), super::read_text)?;
-    let description = &checkpoint.description;
-    let mut tokens = description.tokenizer.encode(&text, true, Special::AsText)?;
-    tokens.truncate(MOST_TOKENS.min(description.config.context_length));
-    let report = dense::report(checkpoint, &tokens, |done, all| {
-        messages.progress(&format!("measured {done} of {all} layers"));
-    });
-    messages.progress("");
-    let report = report?;
-    messages.note(
-        "ternarising keeps the sign of each weight and one size per matrix: without training \
-         afterwards the model is ruined",
-    );
-    Ok(Measured { tokens, report })
-}
-
-impl Measured {
-    /// Says what the weights lost, and how much likelier the text was before.
-    fn report(&self, output: &str, messages: &Messages) -> Result<()> {
-        let kinds = self.report.weight_errors.iter();
-        let kinds: Vec<String> =
-            kinds.map(|(kind, error)| format!("{kind} {:.0} %", 100.0 * error)).collect();
-        messages.summary(&format!("changed of the weights (relative norm): {}", kinds.join(", ")));
-        let after = losses(output, &self.tokens)?;
-        messages.summary(&format!(
-            "perplexity of {} tokens: {:.4} before, {:.4} after",
-            after.len(),
-            perplexity(&self.report.losses),
-            perplexity(&after)
-        ));
-        Ok(())
-    }
-}
-
-fn perplexity(losses: &[f64]) -> f64 {
-    (losses.iter().sum::<f64>() / losses.len().max(1) as f64).exp()
-}
-
-/// `-ln p` of each token after the first.
-fn losses(model: &str, tokens: &[u32]) -> Result<Vec<f64>> {
-    let model = Model::open(model, &ModelOptions::default())?;
-    if model.config().pooling.is_some() {
-        bail!("{} makes embeddings, which have no perplexity", model.description().path.display());
-    }
-    let mut losses = Vec::new();
-    let mut following = tokens[1..].iter();
-    let mut session = model.session(SessionOptions::default())?;
-    session.feed_showing_all(tokens, |row| {
-        let Some(&token) = following.next() else { return };
-        let largest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let total: f64 = row.iter().map(|&logit| f64::from(logit - largest).exp()).sum();
-        losses.push(total.ln() - f64::from(row[token as usize] - largest));
-    })?;
-    Ok(losses)
 }
 
 /// What the flags ask for, if they fit each other.
