@@ -14,6 +14,7 @@ pub mod hub;
 mod known;
 mod output;
 mod pipeline;
+mod protobuf;
 pub mod shapes;
 pub mod source;
 pub mod tokenizer;

@@ -1,5 +1,5 @@
 //! From what a user calls a model to its tensors and description: the built-in model, a Hugging
-//! Face directory, a GGUF file, or a native file; with the feature `hub` also the name of a model that is in
+//! Face directory (with ONNX weights, too), a GGUF file, or a native file; with the feature `hub` also the name of a model that is in
 //! the cache of the Hugging Face hub.
 
 use std::collections::BTreeSet;
@@ -220,7 +220,9 @@ fn open_directory(path: &Path, weights: &Path) -> Result<Checkpoint, Error> {
         chat_template: chat_template.as_deref(),
         pooling: pooling.as_deref(),
     };
-    describe(sidecars, tensors, "Hugging Face")
+    let is_onnx = |file: &Path| file.extension().is_some_and(|extension| extension == "onnx");
+    let format = if tensors.files().any(is_onnx) { "ONNX" } else { "Hugging Face" };
+    describe(sidecars, tensors, format)
 }
 
 /// Opens a native or GGUF file, or the weights of the Hugging Face checkpoint in whose directory they lie.
@@ -240,8 +242,18 @@ fn open_file(path: &Path) -> Result<Checkpoint, Error> {
             "is not a GGUF file: it does not begin with `GGUF`; download the file again",
         ));
     }
-    let directory = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-    open_directory(directory.unwrap_or(Path::new(".")), path)
+    let mut directory = parent_of(path);
+    // `onnx/model.onnx` is where optimum and transformers.js keep it.
+    if directory.ends_with("onnx") && !directory.join("config.json").exists() {
+        directory = parent_of(directory);
+    }
+    open_directory(directory, path)
+}
+
+/// The folder that `path` is in.
+fn parent_of(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
 }
 
 /// Puts a GGUF file together. `path` is for error messages.

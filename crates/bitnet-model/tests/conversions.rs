@@ -29,7 +29,7 @@ const fn gguf(packing: DType) -> Target {
 const BOUND: f32 = 0.3;
 
 /// Every format and packing.
-const TARGETS: [(&str, Target); 7] = [
+const TARGETS: [(&str, Target); 8] = [
     ("bitnet", Target::Native),
     ("hf", Target::HuggingFace { packed: false, head: None }),
     ("hf-packed", Target::HuggingFace { packed: true, head: None }),
@@ -37,6 +37,7 @@ const TARGETS: [(&str, Target); 7] = [
     ("tq1_0", gguf(DType::Tq1_0)),
     ("i2_s", gguf(DType::I2S)),
     ("q2_0", gguf(DType::Q2_0)),
+    ("onnx", Target::Onnx { head: None }),
 ];
 
 fn open(path: &Path) -> Checkpoint {

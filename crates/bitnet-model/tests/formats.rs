@@ -252,15 +252,16 @@ fn state_dictionaries_by_cpythons_own_pickler_are_read_in_every_protocol() {
     for bytes in pickles.into_iter().chain([seed("pickle/archive")]) {
         let mut tensors = Tensors::default();
         pickle::from_bytes(bytes.into(), Path::new("m.bin"), &mut tensors).unwrap();
-        let get = |name| {
+        let check = |name, dtype, shape: &[usize], data: &[u8]| {
             let tensor = tensors.get(name).unwrap().unwrap();
-            (tensor.dtype(), tensor.shape(), &tensor.data()[..])
+            let found = (tensor.dtype(), tensor.shape(), &tensor.data()[..]);
+            assert_eq!(found, (dtype, shape, data), "{name}");
         };
         let values: Vec<u8> = (0..16).collect();
-        assert_eq!(get("model.norm.weight"), (DType::F16, &[8][..], &values[..]));
-        assert_eq!(get("model.w"), (DType::F16, &[2, 3][..], &values[4..]));
-        assert_eq!(get("p"), (DType::F16, &[1, 4][..], &values[8..]));
-        assert_eq!(get("empty"), (DType::F32, &[0, 4][..], &[][..]));
+        check("model.norm.weight", DType::F16, &[8], &values);
+        check("model.w", DType::F16, &[2, 3], &values[4..]);
+        check("p", DType::F16, &[1, 4], &values[8..]);
+        check("empty", DType::F32, &[0, 4], &[]);
         assert!(tensors.get("t").unwrap_err().to_string().contains("not contiguous"));
         assert!(tensors.get("s").unwrap_err().to_string().contains("ShortStorage"));
         assert_eq!(tensors.len(), 6);

@@ -16,7 +16,7 @@ use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::convert;
 use bitnet_model::decoder::Step;
 use bitnet_model::formats::index::ShardIndex;
-use bitnet_model::formats::{Tensors, gguf, native, pickle, safetensors};
+use bitnet_model::formats::{Tensors, gguf, native, onnx, pickle, safetensors};
 use bitnet_model::source::{self, Checkpoint, Sidecars, Vocabulary};
 use bitnet_model::tokenizer::Special;
 use bitnet_model::weights::{self, LoadOptions};
@@ -95,6 +95,15 @@ fn targets() -> Vec<Target> {
             Seed::new(bytes, vec![0..end / 2, end / 2..end])
         })
         .collect();
+    let onnxes = ["onnx/llama3-rope-torchscript.onnx", "onnx/bitnet-dynamo.onnx"]
+        .into_iter()
+        .filter_map(|path| read(golden(path)))
+        .map(|bytes| {
+            // Nodes come first, then initializers.
+            let end = bytes.len();
+            Seed::new(bytes, vec![0..end / 3, 0..end])
+        })
+        .collect();
     let models = [golden("gguf/bitnet-packed-TQ2_0.gguf")]
         .into_iter()
         .filter_map(read)
@@ -133,6 +142,7 @@ fn targets() -> Vec<Target> {
         },
         Target { name: "safetensors", seeds: safetensors, read: read_safetensors },
         Target { name: "gguf", seeds: ggufs, read: read_gguf },
+        Target { name: "onnx", seeds: onnxes, read: read_onnx },
         Target { name: "pickle", seeds: pickles, read: read_pickle },
         Target { name: "index", seeds: indices, read: read_index },
     ]
@@ -193,6 +203,15 @@ fn read_gguf(bytes: &[u8]) -> Result<(), String> {
 fn read_pickle(bytes: &[u8]) -> Result<(), String> {
     let mut tensors = Tensors::default();
     pickle::from_bytes(Bytes::copy_from_slice(bytes), Path::new("m.bin"), &mut tensors)
+        .map_err(|e| e.to_string())?;
+    use_tensors(&tensors)
+}
+
+fn read_onnx(bytes: &[u8]) -> Result<(), String> {
+    let mut tensors = Tensors::default();
+    // Where the external data of one of the seeds is.
+    let folder = golden("onnx").expect("it is in the project");
+    onnx::from_bytes(Bytes::copy_from_slice(bytes), &folder.join("m.onnx"), &mut tensors)
         .map_err(|e| e.to_string())?;
     use_tensors(&tensors)
 }
@@ -440,6 +459,28 @@ fn swollen() -> Vec<(&'static str, Read, Vec<u8>)> {
         std::io::Write::write_all(&mut writer, &code).unwrap();
         writer.finish().unwrap().into_inner()
     };
+    let field = |number: u8, bytes: &[u8]| {
+        let mut length = bytes.len();
+        let mut message = vec![number << 3 | 2];
+        while length >= 0x80 {
+            message.push(length as u8 | 0x80);
+            length >>= 7;
+        }
+        [&message[..], &[length as u8], bytes].concat()
+    };
+    let onnx = |number, part: &dyn Fn(usize) -> Vec<u8>| {
+        let graph: Vec<u8> = (0..262_144).flat_map(|n| field(number, &part(n))).collect();
+        field(7, &graph)
+    };
+    let parameter = |n: usize| {
+        let empty_floats = [0x10, 1, 0x08, 0];
+        [&empty_floats[..], &field(8, format!("layers.{n}.a").as_bytes())].concat()
+    };
+    let node = |n: usize| {
+        let op = if n.is_multiple_of(2) { &b"Cast"[..] } else { b"MatMulNBits" };
+        [field(1, b"a"), field(2, n.to_string().as_bytes()), field(4, op)].concat()
+    };
+    let inputs = [field(1, b"").repeat(1_000_000), field(4, b"Cast")].concat();
     let wide = [&b"("[..], &b"N".repeat(200_000), b"t"].concat();
     let dictionary = [&b"}("[..], &b"N".repeat(200_000), b"u"].concat();
     vec![
@@ -450,6 +491,10 @@ fn swollen() -> Vec<(&'static str, Read, Vec<u8>)> {
             read_safetensors,
             safetensors(format!(r#"{{"__metadata__":{{{}}}}}"#, &texts[1..])),
         ),
+        ("many initializers", read_onnx, onnx(5, &parameter)),
+        ("many nodes", read_onnx, onnx(1, &node)),
+        ("many inputs", read_onnx, field(7, &field(1, &inputs))),
+        ("deep graph", read_onnx, (0..1000).fold(vec![], |graph, _| field(7, &graph))),
         ("deep header", read_safetensors, safetensors(r#"{"a":["#.repeat(1_000_000))),
         ("many shards", read_index, format!(r#"{{"weight_map":{{{}}}}}"#, &map[1..]).into()),
         ("long table", read_gguf, gguf(262_144, 0, table.collect())),

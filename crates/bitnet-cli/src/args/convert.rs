@@ -17,6 +17,8 @@ pub enum TargetFormat {
     HfPacked,
     /// A GGUF file
     Gguf,
+    /// A folder with model.onnx, for ONNX Runtime
+    Onnx,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -54,6 +56,7 @@ Examples:
   bitnet convert models/bitnet-2b.gguf bitnet-2b.bitnet --verify
   bitnet convert bitnet-2b.bitnet bitnet-2b.gguf --type i2_s --head f16
   bitnet convert bitnet-2b.gguf models/bitnet-2b --to hf-packed
+  bitnet convert bitnet-2b.gguf models/bitnet-2b-onnx --to onnx
   bitnet run -m bitnet-2b.bitnet \"Once upon a time\"")]
 pub struct ConvertArgs {
     /// The model to convert
@@ -72,8 +75,8 @@ pub struct ConvertArgs {
     #[arg(long = "type", value_enum, value_name = "TYPE")]
     pub packing: Option<PackingChoice>,
 
-    /// Type of the embedding and the output head in a GGUF file or Hugging Face folder [default: as
-    /// they are]
+    /// Type of the embedding and the output head in a GGUF file, Hugging Face or ONNX folder
+    /// [default: as they are]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub head: Option<HeadChoice>,
 

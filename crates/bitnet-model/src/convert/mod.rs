@@ -7,6 +7,7 @@ mod gguf;
 mod holds;
 mod huggingface;
 mod native;
+mod onnx;
 
 use std::path::{Path, PathBuf};
 
@@ -46,11 +47,17 @@ pub enum Target {
         /// Type of the embedding and the head: F32, F16, BF16, Q8_0 or Q6_K. As they are if `None`.
         head: Option<DType>,
     },
+    /// A folder with `model.onnx`, for ONNX Runtime.
+    Onnx {
+        /// Type of the embedding and the head: F32, F16 or BF16. As they are if `None`, or F32 if
+        /// they are of a block type.
+        head: Option<DType>,
+    },
 }
 
 impl Target {
     fn is_folder(&self) -> bool {
-        matches!(self, Target::HuggingFace { .. })
+        matches!(self, Target::HuggingFace { .. } | Target::Onnx { .. })
     }
 }
 
@@ -90,6 +97,7 @@ pub fn to(
         Target::Gguf { packing, head } => {
             gguf::write(&source, path, packing, head, &mut notes, &mut progress)?;
         }
+        Target::Onnx { head } => onnx::write(&source, path, head, &mut progress)?,
     }
     Ok(notes)
 }
@@ -245,7 +253,7 @@ fn check_path(checkpoint: &Checkpoint, path: &Path, target: &Target) -> Result<(
     let is_replaced = |bytes: &[u8]| match target {
         Target::Native => is_native(bytes),
         Target::Gguf { .. } => bytes.starts_with(MAGIC),
-        Target::HuggingFace { .. } => false,
+        Target::HuggingFace { .. } | Target::Onnx { .. } => false,
     };
     if path.exists() && !map_file(path).is_ok_and(|bytes| is_replaced(&bytes)) {
         let reason = "there is another file of this name; give another name, or remove it";

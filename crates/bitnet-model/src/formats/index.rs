@@ -73,7 +73,7 @@ pub(super) fn read(path: &Path, into: &mut Tensors, read_shard: ReadFile) -> Res
 }
 
 /// Whether joining `name` to a folder gives a file in just this folder, on every system.
-fn is_plain_file_name(name: &str) -> bool {
+pub(super) fn is_plain_file_name(name: &str) -> bool {
     let mut components = Path::new(name).components();
     matches!((components.next(), components.next()), (Some(Component::Normal(_)), None))
         && !name.contains(['/', '\\', ':', '\0'])

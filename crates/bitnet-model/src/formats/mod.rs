@@ -9,16 +9,18 @@ mod cursor;
 pub mod gguf;
 pub mod index;
 pub mod native;
+pub mod onnx;
 pub mod pickle;
 pub mod safetensors;
 mod zip;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::ops::Bound;
 use std::path::{Path, PathBuf};
 
-use bitnet_core::Tensor;
 use bitnet_core::mmap::map_file;
+use bitnet_core::{DType, Tensor};
 
 use crate::error::Error;
 
@@ -50,7 +52,30 @@ struct Entry {
     file: usize,
     /// The tensor, or why it cannot be used: an element type we do not read is an error only when
     /// the tensor is asked for.
-    tensor: Result<Tensor, String>,
+    tensor: Result<Stored, String>,
+}
+
+#[derive(Debug)]
+enum Stored {
+    Tensor(Tensor),
+    Recipe(Recipe),
+}
+
+/// A tensor that a file holds in another form: turned around, or packed otherwise. It is made each
+/// time it is asked for, so that a checkpoint of such tensors takes no more memory than another.
+pub(crate) struct Recipe {
+    /// Element type of what is made.
+    pub(crate) dtype: DType,
+    /// Bytes that the file has for it.
+    pub(crate) stored_bytes: u64,
+    /// Makes it, or says why it cannot be used.
+    pub(crate) make: Box<dyn Fn() -> Result<Tensor, String> + Send + Sync>,
+}
+
+impl fmt::Debug for Recipe {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} made of {} bytes", self.dtype, self.stored_bytes)
+    }
 }
 
 impl Tensors {
@@ -62,6 +87,25 @@ impl Tensors {
         path: &Path,
         name: String,
         tensor: Result<Tensor, String>,
+    ) -> Result<(), Error> {
+        self.insert_stored(path, name, tensor.map(Stored::Tensor))
+    }
+
+    /// As [`insert`](Tensors::insert), for a tensor that is made when it is asked for.
+    pub(crate) fn insert_recipe(
+        &mut self,
+        path: &Path,
+        name: String,
+        recipe: Recipe,
+    ) -> Result<(), Error> {
+        self.insert_stored(path, name, Ok(Stored::Recipe(recipe)))
+    }
+
+    fn insert_stored(
+        &mut self,
+        path: &Path,
+        name: String,
+        tensor: Result<Stored, String>,
     ) -> Result<(), Error> {
         if name.is_empty() || name.len() > MAX_NAME_BYTES {
             let reason = format!("a name of {} bytes; 1 to {MAX_NAME_BYTES} are read", name.len());
@@ -92,7 +136,10 @@ impl Tensors {
         let entries = self.entries.range::<str, _>((Bound::Included(prefix), Bound::Unbounded));
         let entries = entries.take_while(|(name, _)| name.starts_with(prefix));
         entries.fold((0, 0), |(count, bytes), (_, entry)| {
-            let more = entry.tensor.as_ref().map_or(0, |tensor| tensor.data().len() as u64);
+            let more = entry.tensor.as_ref().map_or(0, |stored| match stored {
+                Stored::Tensor(tensor) => tensor.data().len() as u64,
+                Stored::Recipe(recipe) => recipe.stored_bytes,
+            });
             (count + 1, bytes + more)
         })
     }
@@ -123,13 +170,21 @@ impl Tensors {
     }
 
     /// The tensor of that name; `None` if there is none, an error if it cannot be used.
-    pub fn get(&self, name: &str) -> Result<Option<&Tensor>, Error> {
-        match self.entries.get(name) {
-            None => Ok(None),
-            Some(Entry { tensor: Ok(tensor), .. }) => Ok(Some(tensor)),
-            Some(Entry { tensor: Err(reason), file }) => {
-                Err(Error::tensor(&self.files[*file], name, reason))
-            }
+    pub fn get(&self, name: &str) -> Result<Option<Tensor>, Error> {
+        let Some(Entry { tensor, file }) = self.entries.get(name) else { return Ok(None) };
+        let tensor = match tensor {
+            Ok(Stored::Tensor(tensor)) => Ok(tensor.clone()),
+            Ok(Stored::Recipe(recipe)) => (recipe.make)(),
+            Err(reason) => Err(reason.clone()),
+        };
+        tensor.map(Some).map_err(|reason| Error::tensor(&self.files[*file], name, reason))
+    }
+
+    /// The element type of the tensor of that name; `None` if there is none or it cannot be used.
+    pub fn dtype(&self, name: &str) -> Option<DType> {
+        match self.entries.get(name)?.tensor.as_ref().ok()? {
+            Stored::Tensor(tensor) => Some(tensor.dtype()),
+            Stored::Recipe(recipe) => Some(recipe.dtype),
         }
     }
 
@@ -143,11 +198,14 @@ impl Tensors {
 type ReadFile = fn(&Path, &mut Tensors) -> Result<(), Error>;
 
 /// The names a Hugging Face checkpoint can have, best first, and who reads them.
-const CHECKPOINT_FILES: [(&str, ReadFile); 4] = [
+const CHECKPOINT_FILES: [(&str, ReadFile); 6] = [
     ("model.safetensors", safetensors::read),
     ("model.safetensors.index.json", safetensors::read_index),
     ("pytorch_model.bin", pickle::read),
     ("pytorch_model.bin.index.json", pickle::read_index),
+    ("model.onnx", onnx::read),
+    // Where optimum and transformers.js keep it.
+    ("onnx/model.onnx", onnx::read),
 ];
 
 /// The names of the files that [`read_checkpoint`] looks for, best first.
@@ -159,8 +217,8 @@ pub(crate) fn checkpoint_files() -> impl Iterator<Item = &'static str> {
 /// Reads the tensors of a Hugging Face checkpoint: a directory, or one of its files.
 ///
 /// In a directory `model.safetensors` comes first, then its index of shards, then
-/// `pytorch_model.bin` and its index. A single file is told by its name (`*.index.json`) or by its
-/// first bytes. GGUF has its own entry, [`gguf::read`], because it brings metadata.
+/// `pytorch_model.bin` and its index, then `model.onnx`. A single file is told by its name
+/// (`*.index.json`, `*.onnx`) or by its first bytes. GGUF has its own entry, [`gguf::read`], because it brings metadata.
 ///
 /// # Errors
 /// None of these files is there, or the one that is cannot be read.
@@ -180,6 +238,8 @@ pub fn read_checkpoint(path: &Path) -> Result<Tensors, Error> {
         safetensors::read_index(path, &mut tensors)?;
     } else if name.ends_with(".bin.index.json") {
         pickle::read_index(path, &mut tensors)?;
+    } else if name.ends_with(".onnx") {
+        onnx::read(path, &mut tensors)?;
     } else {
         let bytes = map_file(path)?;
         if bytes.starts_with(gguf::MAGIC) {
@@ -211,7 +271,6 @@ fn refuse_stand_in(bytes: &[u8], path: &Path) -> Result<(), Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use bitnet_core::DType;
 
     fn one() -> Result<Tensor, String> {
         Ok(Tensor::from_f32(vec![1], &[1.0]))

@@ -139,7 +139,7 @@ pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Checkpoint, Error> {
         .map_err(|error| Error::file(path, format!("its description is broken: {error}")))?;
     let config = model.config().map_err(|reason| Error::file(path, reason))?;
 
-    let table = |name: &str| stored.get(&format!("{TOKENIZER_TABLE}{name}")).ok()?.cloned();
+    let table = |name: &str| stored.get(&format!("{TOKENIZER_TABLE}{name}")).ok()?;
     let tokenizer = Tokenizer::from_stored(entry(TOKENIZER)?, table)
         .map_err(|error| Error::file(path, error))?;
     let template = model
@@ -158,7 +158,7 @@ pub fn from_bytes(bytes: Bytes, path: &Path) -> Result<Checkpoint, Error> {
             _ => None,
         };
         let tensor = match dtype {
-            Some(dtype) => as_table(tensor, dtype, config.hidden_size)
+            Some(dtype) => as_table(&tensor, dtype, config.hidden_size)
                 .map_err(|reason| Error::tensor(path, name, reason))?,
             None => tensor.clone(),
         };
@@ -337,10 +337,10 @@ const GROUP_SCALES: &str = ".scale.groups";
 
 /// The matrix `[rows, cols]` of a module, put together from the tensors that `find` finds. The error
 /// is the name of a tensor and what is wrong with it.
-pub(crate) fn matrix<'a>(
+pub(crate) fn matrix(
     module: &str,
     [rows, cols]: [usize; 2],
-    find: impl Fn(&str) -> Result<Option<&'a Tensor>, Error>,
+    find: impl Fn(&str) -> Result<Option<Tensor>, Error>,
     error: impl Fn(&str, String) -> Error,
 ) -> Result<TiledMatrix, Error> {
     let bytes = |suffix: &str| -> Result<Option<Bytes>, Error> {

@@ -84,7 +84,7 @@ impl<'a> Loader<'a> {
         if self.tensors.contains(&probe) { prefixed } else { plain }
     }
 
-    fn find(&self, name: &str) -> Result<Option<&'a Tensor>, Error> {
+    fn find(&self, name: &str) -> Result<Option<Tensor>, Error> {
         let tensor = self.tensors.get(name)?;
         if tensor.is_some() {
             self.used.lock().expect("no panic while held").insert(name.to_owned());
@@ -92,7 +92,7 @@ impl<'a> Loader<'a> {
         Ok(tensor)
     }
 
-    fn need(&self, name: &str) -> Result<&'a Tensor, Error> {
+    fn need(&self, name: &str) -> Result<Tensor, Error> {
         self.find(name)?.ok_or_else(|| {
             self.error(name, format!("is missing, but {} has it", self.config.architecture))
         })
@@ -119,7 +119,7 @@ impl<'a> Loader<'a> {
                 ),
             ));
         }
-        Ok(tensor.clone())
+        Ok(tensor)
     }
 
     pub(crate) fn tables(&self) -> Result<Tables, Error> {
@@ -493,31 +493,20 @@ impl<'a> Loader<'a> {
         let rule = self.config.weights;
         match weight.dtype() {
             DType::U8 => {
-                let scale = self.scale(&format!("{module}.weight_scale"))?;
-                let scale = match rule {
-                    WeightRule::Multiply => WeightScale::Multiply(scale),
-                    WeightRule::Divide => WeightScale::Divide(scale),
-                    WeightRule::Exact | WeightRule::Tiled => {
-                        return Err(self.error(
-                            &weight_name,
-                            "is packed, but config.json has no quantization_config that says how \
-                             its scale is meant",
-                        ));
-                    }
-                };
-                packing::hf::decode(weight, rows, scale).map_err(failed)
+                let scale = self.scale(module, rows, cols)?;
+                packing::hf::decode(&weight, rows, scale).map_err(failed)
             }
             dtype if dtype.is_ternary() => {
-                packing::decode_ternary(weight, self.options.i2s_layout).map_err(failed)
+                packing::decode_ternary(&weight, self.options.i2s_layout).map_err(failed)
             }
             dtype if !dtype.is_float() => Err(self.error(
                 &weight_name,
                 format!("is {dtype}: a linear layer must be ternary or float"),
             )),
             _ if rule == WeightRule::Exact && self.options.ternarise => {
-                ternary::absmean(weight).map_err(failed)
+                ternary::absmean(&weight).map_err(failed)
             }
-            _ if rule == WeightRule::Exact => ternary::exact(weight).map_err(|error| {
+            _ if rule == WeightRule::Exact => ternary::exact(&weight).map_err(|error| {
                 self.error(
                     &weight_name,
                     format!(
@@ -528,9 +517,9 @@ impl<'a> Loader<'a> {
             }),
             // A float GGUF holds either weights that were ternarised before, or master weights.
             _ if self.config.names.layer == "blk" => {
-                ternary::exact(weight).or_else(|_| ternary::absmean(weight)).map_err(failed)
+                ternary::exact(&weight).or_else(|_| ternary::absmean(&weight)).map_err(failed)
             }
-            _ => ternary::absmean(weight).map_err(failed),
+            _ => ternary::absmean(&weight).map_err(failed),
         }
     }
 
@@ -547,18 +536,37 @@ impl<'a> Loader<'a> {
             .collect()
     }
 
-    /// A `weight_scale`: one float number.
-    fn scale(&self, name: &str) -> Result<f32, Error> {
-        let tensor = self.need(name)?;
-        if tensor.len() != 1 || !tensor.dtype().is_float() {
-            return Err(self.error(
-                name,
-                format!("is {} {:?}: one float is needed", tensor.dtype(), tensor.shape()),
-            ));
+    /// The `weight_scale` of a packed matrix: one number, which multiplies or divides as the
+    /// checkpoint says, or one per row or per group of columns, which multiply.
+    fn scale(&self, module: &str, rows: usize, cols: usize) -> Result<WeightScale, Error> {
+        let name = format!("{module}.weight_scale");
+        let tensor = self.need(&name)?;
+        let unusable = || {
+            let (dtype, shape) = (tensor.dtype(), tensor.shape());
+            let needed = "one float is needed, or one per row or group of columns";
+            self.error(&name, format!("is {dtype} {shape:?}: {needed}"))
+        };
+        if !tensor.dtype().is_float() {
+            return Err(unusable());
         }
-        let mut value = [0.0f32];
-        decode_row(tensor.dtype(), tensor.data(), &mut value);
-        Ok(value[0])
+        let mut values = vec![0.0f32; tensor.len()];
+        decode_row(tensor.dtype(), tensor.data(), &mut values);
+        match *tensor.shape() {
+            _ if values.len() == 1 => match self.config.weights {
+                WeightRule::Multiply => Ok(WeightScale::Multiply(values[0])),
+                WeightRule::Divide => Ok(WeightScale::Divide(values[0])),
+                WeightRule::Exact | WeightRule::Tiled => Err(self.error(
+                    &format!("{module}.weight"),
+                    "is packed, but config.json has no quantization_config that says how its \
+                     scale is meant",
+                )),
+            },
+            [n] | [n, 1] if n == rows => Ok(WeightScale::Rows(values)),
+            [n, groups] if n == rows && groups > 0 => {
+                Ok(WeightScale::Groups { len: cols / groups, values })
+            }
+            _ => Err(unusable()),
+        }
     }
 
     /// A tensor of a layer, the embedding, the head or the final norm that the description does not

@@ -221,11 +221,11 @@ pub fn linear_types(
     for layer in 0..config.layers.len() {
         for linear in linears(config) {
             let weight = format!("{}.weight", loader.module(layer, linear.name));
-            let dtype = match tensors.get(&weight) {
-                Ok(Some(tensor)) if tensor.dtype() == DType::U8 => "packed 2-bit".to_owned(),
-                Ok(Some(tensor)) => tensor.dtype().to_string(),
-                Ok(None) => "missing".to_owned(),
-                Err(_) => "unreadable".to_owned(),
+            let dtype = match tensors.dtype(&weight) {
+                Some(DType::U8) => "packed 2-bit".to_owned(),
+                Some(dtype) => dtype.to_string(),
+                None if tensors.contains(&weight) => "unreadable".to_owned(),
+                None => "missing".to_owned(),
             };
             *types.entry(dtype).or_default() += 1;
         }

@@ -9,6 +9,7 @@
 //! | `TQ1_0` | 256 in 52 bytes, base 3 | one f16 per block | [`tq`] |
 //! | `TQ2_0` | 256 in 64 bytes | one f16 per block | [`tq`] |
 //! | `Q2_0` | 64 (or 128) in 16 (32) bytes | one f16 per block | [`q2_0`] |
+//! | `MatMulNBits` | 2, 4 or 8 bits each, in blocks of columns | apart, one f32 per block | [`nbits`] |
 //! | kernel tiles | 16 x 16 in 64 bytes | beside them | [`tile`] |
 //!
 //! All store a weight `w` as the code `w + 1`. A fourth code fits into two bits and is no ternary
@@ -17,6 +18,7 @@
 pub mod blocks;
 pub mod hf;
 pub mod i2_s;
+pub mod nbits;
 pub mod q2_0;
 pub mod tile;
 pub mod tq;

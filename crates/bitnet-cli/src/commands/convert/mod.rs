@@ -67,11 +67,15 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
 
 /// What the flags ask for, if they fit each other.
 fn target(args: &ConvertArgs) -> Result<Target> {
-    let is_gguf =
-        Path::new(&args.output).extension().is_some_and(|it| it.eq_ignore_ascii_case("gguf"));
-    let by_name = if is_gguf { TargetFormat::Gguf } else { TargetFormat::Bitnet };
+    let ends_in = |name: &str| {
+        Path::new(&args.output).extension().is_some_and(|it| it.eq_ignore_ascii_case(name))
+    };
+    let by_name = if ends_in("gguf") { TargetFormat::Gguf } else { TargetFormat::Bitnet };
     let format = args.to.unwrap_or(by_name);
     let wrong = |sentence: &str| Err(WrongUsage(sentence.to_owned()).into());
+    if ends_in("onnx") {
+        return wrong("ONNX models are folders: give --to onnx and the name of a folder");
+    }
     let head = args.head.map(|head| match head {
         HeadChoice::Bf16 => DType::BF16,
         HeadChoice::F16 => DType::F16,
@@ -84,15 +88,19 @@ fn target(args: &ConvertArgs) -> Result<Target> {
     }
     let packed = format == TargetFormat::HfPacked;
     match format {
-        TargetFormat::Bitnet if head.is_some() => {
-            wrong("--head is for GGUF files and Hugging Face folders: a .bitnet file keeps it")
-        }
+        TargetFormat::Bitnet if head.is_some() => wrong(
+            "--head is for GGUF files, Hugging Face and ONNX folders: a .bitnet file keeps it",
+        ),
         TargetFormat::Bitnet => Ok(Target::Native),
         TargetFormat::Hf | TargetFormat::HfPacked => match head {
             Some(head) if !head.is_float() => {
                 wrong("--head in a Hugging Face folder is bf16, f16 or f32")
             }
             _ => Ok(Target::HuggingFace { packed, head }),
+        },
+        TargetFormat::Onnx => match head {
+            Some(head) if !head.is_float() => wrong("--head in an ONNX folder is bf16, f16 or f32"),
+            _ => Ok(Target::Onnx { head }),
         },
         TargetFormat::Gguf => {
             let packing = match args.packing.unwrap_or(PackingChoice::Tq2_0) {

@@ -29,7 +29,11 @@ fn rope_scaling(scaling: RopeScaling) -> Value {
 
 /// The file without the type of its weights, which is known when they are written. `divides` says
 /// how the scales of packed weights are applied; master weights have none.
-pub(super) fn config(source: &Source<'_>, packed: bool, divides: bool) -> Map<String, Value> {
+pub(in crate::convert) fn config(
+    source: &Source<'_>,
+    packed: bool,
+    divides: bool,
+) -> Map<String, Value> {
     let c = &source.config;
     let architecture = holds::architecture(c);
     // Embedding models are called after the decoder alone.

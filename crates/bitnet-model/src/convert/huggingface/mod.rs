@@ -13,7 +13,7 @@ use bitnet_quant::packing::hf;
 use bitnet_quant::ternary;
 use serde_json::{Map, Value, json};
 
-use self::config::config;
+pub(super) use self::config::config;
 use self::shards::Shards;
 use super::holds::{self, refused, with_one_scale};
 use super::{Part, Source, check_table, write_table};
@@ -71,12 +71,7 @@ pub(super) fn write(
     let read = described(source, &config)?;
     holds::check(source, &read, FORMAT)?;
     check_first_layer(source, storage)?;
-    let table_type = |table: &Tensor| match head {
-        Some(head) => head,
-        None if table.dtype().is_float() => table.dtype(),
-        // The values of blocks have up to 24 significant bits.
-        None => DType::F32,
-    };
+    let table_type = |table: &Tensor| table_type(table, head);
     let tables = [Some(&source.tables.embedding), source.tables.head.as_ref()];
     for table in tables.into_iter().flatten() {
         check_table(source, table, table_type(table))?;
@@ -136,9 +131,29 @@ pub(super) fn write(
         _ => "bfloat16",
     };
     config.insert("torch_dtype".to_owned(), dtype.into());
+    write_description(source, &folder, config)?;
+    folder.finish()
+}
+
+/// The type of the embedding or head: what is asked for, or as it is.
+pub(super) fn table_type(table: &Tensor, head: Option<DType>) -> DType {
+    match head {
+        Some(head) => head,
+        None if table.dtype().is_float() => table.dtype(),
+        // The values of blocks have up to 24 significant bits.
+        None => DType::F32,
+    }
+}
+
+/// Writes all files of a checkpoint but its weights.
+pub(super) fn write_description(
+    source: &Source<'_>,
+    folder: &OutputFolder,
+    config: Map<String, Value>,
+) -> Result<(), Error> {
     folder.write_json("config.json", &config.into())?;
-    write_generation_config(source, &folder)?;
-    write_tokenizer(source, &folder)?;
+    write_generation_config(source, folder)?;
+    write_tokenizer(source, folder)?;
     if let Some(pooling) = source.config.pooling {
         let pooling = json!({
             "word_embedding_dimension": source.config.hidden_size,
@@ -147,7 +162,7 @@ pub(super) fn write(
         });
         folder.write_json("1_Pooling/config.json", &pooling)?;
     }
-    folder.finish()
+    Ok(())
 }
 
 /// A tensor, or what it is made of while it is written.
@@ -167,7 +182,7 @@ fn wider(a: DType, b: DType) -> DType {
 }
 
 /// Whether the scales of the packed weights are best stored as divisors: those of the source are.
-fn divides(source: &Source<'_>) -> Result<bool, Error> {
+pub(super) fn divides(source: &Source<'_>) -> Result<bool, Error> {
     let places = source.places();
     let first = places.iter().find(|place| matches!(place.kind, PartKind::Matrix { .. }));
     let Some(first) = first else { return Ok(false) };
@@ -178,7 +193,10 @@ fn divides(source: &Source<'_>) -> Result<bool, Error> {
 }
 
 /// What our reader makes of a `config.json`.
-fn described(source: &Source<'_>, json: &Map<String, Value>) -> Result<ModelConfig, Error> {
+pub(super) fn described(
+    source: &Source<'_>,
+    json: &Map<String, Value>,
+) -> Result<ModelConfig, Error> {
     let path = &source.description.path;
     let mut tensors = Tensors::default();
     if source.config.pooling.is_some() {

@@ -5,77 +5,16 @@
 
 use super::super::TokenizerError;
 use super::{Algorithm, Description, Kind, Piece};
+use crate::protobuf::{Broken, Wire, fields};
 
-/// The value of a field on the wire.
-enum Wire<'a> {
-    Varint(u64),
-    Fixed64,
-    Bytes(&'a [u8]),
-    Fixed32([u8; 4]),
-}
-
-/// The fields of a message, in their order.
-struct Fields<'a> {
-    rest: &'a [u8],
-}
-
-impl<'a> Fields<'a> {
-    fn varint(&mut self) -> Option<u64> {
-        let mut value = 0u64;
-        for shift in (0..64).step_by(7) {
-            let (&byte, rest) = self.rest.split_first()?;
-            self.rest = rest;
-            value |= u64::from(byte & 0x7F) << shift;
-            if byte < 0x80 {
-                return Some(value);
-            }
-        }
-        None
-    }
-
-    fn take(&mut self, length: u64) -> Option<&'a [u8]> {
-        let (taken, rest) = self.rest.split_at_checked(usize::try_from(length).ok()?)?;
-        self.rest = rest;
-        Some(taken)
-    }
-
-    fn field(&mut self) -> Option<(u64, Wire<'a>)> {
-        let key = self.varint()?;
-        let value = match key & 7 {
-            0 => Wire::Varint(self.varint()?),
-            1 => self.take(8).map(|_| Wire::Fixed64)?,
-            2 => {
-                let length = self.varint()?;
-                Wire::Bytes(self.take(length)?)
-            }
-            5 => Wire::Fixed32(self.take(4)?.try_into().expect("four bytes were taken")),
-            _ => return None,
-        };
-        Some((key >> 3, value))
-    }
-}
-
-impl<'a> Iterator for Fields<'a> {
-    type Item = Result<(u64, Wire<'a>), TokenizerError>;
-
-    fn next(&mut self) -> Option<Self::Item> {
-        if self.rest.is_empty() {
-            return None;
-        }
-        let field = self.field();
-        if field.is_none() {
-            self.rest = &[];
-        }
-        Some(field.ok_or_else(broken))
+impl From<Broken> for TokenizerError {
+    fn from(_: Broken) -> Self {
+        broken()
     }
 }
 
 fn broken() -> TokenizerError {
     TokenizerError::vocabulary("this is not a SentencePiece model, or it is cut short")
-}
-
-fn fields(message: &[u8]) -> Fields<'_> {
-    Fields { rest: message }
 }
 
 /// Reads a model. Where a field is absent, the default of the format holds.
