@@ -3,10 +3,16 @@
 //! What the flags mean is said where they are used, in [`commands`](crate::commands): a file that
 //! is to be read is a path here and a prompt there.
 
+mod batch;
+mod chat;
+
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
+
+pub use batch::{BatchArgs, InputFormat, OutputFormat};
+pub use chat::ChatArgs;
 
 /// Runs ternary (1.58-bit) language models on plain CPUs.
 #[derive(Debug, Parser)]
@@ -40,6 +46,10 @@ pub struct Cli {
 pub enum Command {
     /// Continue a text, or answer a message with --chat
     Run(RunArgs),
+    /// Talk to a model
+    Chat(ChatArgs),
+    /// Run every row of a file through a model
+    Batch(BatchArgs),
     /// Show the model's scores for the token that comes next
     Logits(LogitsArgs),
     /// Turn text into token ids
@@ -202,6 +212,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub sampling: SamplingArgs,
 
+    /// Report log-probabilities of each token and of the N most probable ones
+    #[arg(long, help_heading = "Sampling", value_name = "N", requires = "json")]
+    pub logprobs: Option<usize>,
+
     #[command(flatten)]
     pub constraint: ConstraintArgs,
 }
@@ -266,10 +280,6 @@ pub struct SamplingArgs {
     /// Seed of the random numbers: the same seed gives the same text
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
-
-    /// Report log-probabilities of each token and of the N most probable ones
-    #[arg(long, value_name = "N", requires = "json")]
-    pub logprobs: Option<usize>,
 }
 
 #[derive(Debug, Args)]

@@ -3,6 +3,8 @@
 
 mod args;
 mod commands;
+mod files;
+mod interrupt;
 mod log;
 mod output;
 
@@ -50,6 +52,9 @@ fn main() -> ExitCode {
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             output::error(&error.to_string(), &[]);
+            if error.is::<commands::Interrupted>() {
+                std::process::exit(INTERRUPTED);
+            }
             let wrong_usage = error.is::<commands::WrongUsage>();
             ExitCode::from(if wrong_usage { WRONG_USAGE } else { FAILURE })
         }
@@ -80,9 +85,12 @@ fn refused(error: &clap::Error) -> ExitCode {
     ExitCode::from(WRONG_USAGE)
 }
 
-/// Ctrl-C leaves the text so far and ends its line. It must work whatever the program is at: loading,
+/// Ctrl-C, unless somebody takes care of it, leaves the text so far and ends its line. It must work whatever the program is at: loading,
 /// reading a prompt, or waiting for a pipe that nobody reads, in which case the line stays open.
 fn interrupted() {
+    if interrupt::request() {
+        return;
+    }
     let (ended, wait) = mpsc::channel();
     thread::spawn(move || {
         output::end_open_line(|| {

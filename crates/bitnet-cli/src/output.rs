@@ -3,7 +3,9 @@
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 /// Whether the last thing on stdout is text whose line is still open. Changed only by who holds the
 /// lock of stdout, so that an interrupt can tell whether it has to end the line.
@@ -78,6 +80,24 @@ impl Messages {
         }
     }
 
+    /// A bar that fills up from `done` to `all` rows, where somebody may be watching.
+    pub fn bar(&self, all: u64, done: u64) -> ProgressBar {
+        let target = match self.quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr(),
+        };
+        let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
+            let _ = write!(text, "{} rows/s", number(state.per_sec()));
+        };
+        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}{msg}, {rate}, {eta} left")
+            .expect("the template is valid")
+            .with_key("rate", rate);
+        let bar =
+            ProgressBar::with_draw_target(Some(all), target).with_style(style).with_position(done);
+        bar.reset_eta();
+        bar
+    }
+
     /// Lines that were asked for beside the result.
     pub fn report(&self, text: &str) {
         let _ = io::stderr().write_all(text.as_bytes());
@@ -124,6 +144,64 @@ fn printable(message: &str) -> String {
     safe
 }
 
+/// Running text for a terminal: lines end between words, and no character moves the cursor.
+pub struct Wrapping {
+    columns: usize,
+    column: usize,
+    /// The beginning of a word that may have to go into the next line.
+    word: String,
+}
+
+impl Wrapping {
+    /// For the terminal as wide as it is now.
+    pub fn new() -> Self {
+        let width = terminal_size::terminal_size().map(|(width, _)| usize::from(width.0));
+        Self::of(width.unwrap_or(80))
+    }
+
+    fn of(columns: usize) -> Self {
+        Wrapping { columns: columns.max(1), column: 0, word: String::new() }
+    }
+
+    /// What of the text can be shown now.
+    pub fn push(&mut self, text: &str) -> String {
+        let mut shown = String::new();
+        for character in text.chars() {
+            match character {
+                '\n' => {
+                    shown += &self.finish();
+                    shown.push('\n');
+                    self.column = 0;
+                }
+                ' ' | '\t' => {
+                    shown += &self.finish();
+                    // A space at the end of a line would begin the next one.
+                    if self.column + 1 < self.columns {
+                        shown.push(' ');
+                        self.column += 1;
+                    }
+                }
+                character if character.is_control() => {}
+                character => self.word.push(character),
+            }
+        }
+        shown
+    }
+
+    /// The word that was still open.
+    pub fn finish(&mut self) -> String {
+        let word = std::mem::take(&mut self.word);
+        let width = word.width();
+        let breaks = self.column > 0 && self.column + width > self.columns && width > 0;
+        if breaks {
+            self.column = 0;
+        }
+        // Longer words than lines are broken by the terminal.
+        self.column = (self.column + width) % self.columns.max(width + 1);
+        if breaks { format!("\n{word}") } else { word }
+    }
+}
+
 /// The bytes of a token between quotes, for tables.
 pub fn quoted(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
@@ -160,6 +238,11 @@ pub fn number(value: f64) -> String {
     }
 }
 
+/// A time in milliseconds or seconds.
+pub fn duration(ms: f64) -> String {
+    if ms < 999.5 { format!("{} ms", number(ms)) } else { format!("{} s", number(ms / 1e3)) }
+}
+
 /// A share with two digits that tell.
 pub fn percent(share: f64) -> String {
     let percent = 100.0 * share;
@@ -183,6 +266,22 @@ mod tests {
     }
 
     #[test]
+    fn lines_end_between_words_however_the_text_is_cut() {
+        let text = "one two three\n\nfour 漢字漢字 \x1b[2Jfive";
+        let expected = "one two \nthree\n\nfour \n漢字漢字\n[2Jfive";
+        for length in 1..text.len() {
+            let mut wrapping = Wrapping::of(9);
+            let mut shown = String::new();
+            let characters: Vec<char> = text.chars().collect();
+            for piece in characters.chunks(length) {
+                shown += &wrapping.push(&piece.iter().collect::<String>());
+            }
+            shown += &wrapping.finish();
+            assert_eq!(shown, expected);
+        }
+    }
+
+    #[test]
     fn messages_cannot_control_the_terminal() {
         assert_eq!(printable("tensor `\x1b[2J\u{9b}\n`"), "tensor `\\u{1b}[2J\\u{9b}\\n`");
     }
@@ -197,6 +296,7 @@ mod tests {
     fn numbers_have_three_digits() {
         let numbers = [123.4, 99.96, 12.34, 1.234].map(number);
         assert_eq!(numbers, ["123", "100", "12.3", "1.23"]);
+        assert_eq!([2.346, 999.9].map(duration), ["2.35 ms", "1.00 s"]);
         let shares = [0.0, 0.00021, 0.034, 0.5].map(percent);
         assert_eq!(shares, ["0 %", "0.021 %", "3.4 %", "50 %"]);
     }

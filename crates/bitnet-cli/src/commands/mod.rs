@@ -1,12 +1,15 @@
 //! The commands, one file each: from what was typed to what is printed.
 
+mod batch;
 mod bench;
+mod chat;
 mod completions;
 mod convert;
 mod detokenize;
 mod devices;
 mod doctor;
 mod embed;
+mod generation;
 mod info;
 mod logits;
 mod man;
@@ -44,10 +47,24 @@ impl std::fmt::Display for WrongUsage {
 
 impl std::error::Error for WrongUsage {}
 
+/// Somebody asked for the end before it came.
+#[derive(Debug)]
+pub struct Interrupted(String);
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
 /// Runs one command.
 pub fn run(command: Command, messages: &Messages) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, messages),
+        Command::Chat(args) => chat::run(args, messages),
+        Command::Batch(args) => batch::run(args, messages),
         Command::Logits(args) => logits::run(args, messages),
         Command::Tokenize(args) => tokenize::run(args, messages),
         Command::Detokenize(args) => detokenize::run(args, messages),
