@@ -22,7 +22,7 @@ use output::Messages;
 const FAILURE: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 /// 128 and the number of SIGINT, as shells have it.
-const INTERRUPTED: i32 = 130;
+const INTERRUPTED: u8 = 130;
 
 const GUIDANCE: &str = "\
 bitnet runs ternary (1.58-bit) language models. A small one is built in:
@@ -52,11 +52,14 @@ fn main() -> ExitCode {
         Err(error) if is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             output::error(&error.to_string(), &[]);
-            if error.is::<commands::Interrupted>() {
-                std::process::exit(INTERRUPTED);
-            }
-            let wrong_usage = error.is::<commands::WrongUsage>();
-            ExitCode::from(if wrong_usage { WRONG_USAGE } else { FAILURE })
+            let code = if error.is::<commands::WrongUsage>() {
+                WRONG_USAGE
+            } else if error.is::<commands::Interrupted>() {
+                INTERRUPTED
+            } else {
+                FAILURE
+            };
+            ExitCode::from(code)
         }
     }
 }
@@ -102,5 +105,5 @@ fn interrupted() {
         });
     });
     let _ = wait.recv_timeout(Duration::from_millis(250));
-    std::process::exit(INTERRUPTED);
+    std::process::exit(INTERRUPTED.into());
 }

@@ -1,6 +1,6 @@
 //! The rows of a text, of JSON lines or of a CSV table, one by one.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
@@ -93,7 +93,7 @@ impl Rows {
     /// Reads to the end. Returns how many rows there are, and the digest of the file.
     pub fn count(mut self) -> Result<(u64, String)> {
         let mut rows = 0;
-        while let Some(row) = self.next() {
+        for row in self.by_ref() {
             row?;
             rows += 1;
         }
@@ -109,20 +109,20 @@ impl Rows {
                 match reader.read_byte_record(&mut record) {
                     Ok(true) => Ok(Some(row_of_table(columns, &record))),
                     Ok(false) => Ok(None),
-                    Err(error) => bail!("{name}: cannot be read: {}", csv_reason(&error)),
+                    Err(error) => bail!("{name}: cannot be read: {error}"),
                 }
             }
             Source::Lines { reader, json } => loop {
                 *line += 1;
                 let bytes = match read_line(reader) {
-                    Ok(Some(bytes)) => bytes,
-                    Ok(None) => return Ok(None),
+                    Ok(Line::Whole(bytes)) => bytes,
+                    Ok(Line::TooLong) => {
+                        let limit = MAX_ROW_BYTES >> 20;
+                        let problem = format!("line {line}: is longer than {limit} MiB");
+                        return Ok(Some(Row { fields: Fields::new(), problem: Some(problem) }));
+                    }
+                    Ok(Line::End) => return Ok(None),
                     Err(error) => bail!("{name}: cannot be read: {error}"),
-                };
-                let Some(bytes) = bytes else {
-                    let limit = MAX_ROW_BYTES >> 20;
-                    let problem = format!("line {line}: is longer than {limit} MiB");
-                    return Ok(Some(Row { fields: Fields::new(), problem: Some(problem) }));
                 };
                 if *json && bytes.trim_ascii().is_empty() {
                     continue;
@@ -149,7 +149,7 @@ fn header(name: &str, reader: &mut csv::Reader<Measured>) -> Result<Vec<String>>
     let mut record = ByteRecord::new();
     let there = reader
         .read_byte_record(&mut record)
-        .map_err(|error| anyhow!("{name}: cannot be read: {}", csv_reason(&error)))?;
+        .map_err(|error| anyhow!("{name}: cannot be read: {error}"))?;
     if !there {
         bail!("{name}: is empty: its first line must name the columns");
     }
@@ -164,13 +164,6 @@ fn header(name: &str, reader: &mut csv::Reader<Measured>) -> Result<Vec<String>>
         columns.push(column.to_owned());
     }
     Ok(columns)
-}
-
-fn csv_reason(error: &csv::Error) -> String {
-    match error.kind() {
-        csv::ErrorKind::Io(error) => error.to_string(),
-        _ => error.to_string(),
-    }
 }
 
 fn row_of_table(columns: &[String], record: &ByteRecord) -> Row {
@@ -218,25 +211,31 @@ fn skip_byte_order_mark(reader: &mut BufReader<Measured>) -> io::Result<()> {
     Ok(())
 }
 
-/// The next line without its end: `None` at the end, `Some(None)` for one that is too long.
-#[allow(clippy::option_option)]
-fn read_line(reader: &mut BufReader<Measured>) -> io::Result<Option<Option<Vec<u8>>>> {
+enum Line {
+    /// Without its end.
+    Whole(Vec<u8>),
+    TooLong,
+    /// There is none any more.
+    End,
+}
+
+fn read_line(reader: &mut BufReader<Measured>) -> io::Result<Line> {
     let mut bytes = Vec::new();
     if reader.by_ref().take(MAX_ROW_BYTES).read_until(b'\n', &mut bytes)? == 0 {
-        return Ok(None);
+        return Ok(Line::End);
     }
     if bytes.len() as u64 == MAX_ROW_BYTES && !bytes.ends_with(b"\n") {
         reader.skip_until(b'\n')?;
-        return Ok(Some(None));
+        return Ok(Line::TooLong);
     }
     for end in [b'\n', b'\r'] {
         bytes.pop_if(|last| *last == end);
     }
-    Ok(Some(Some(bytes)))
+    Ok(Line::Whole(bytes))
 }
 
 #[derive(Clone, Default)]
-struct Sha256Of(Rc<std::cell::RefCell<Sha256>>);
+struct Sha256Of(Rc<RefCell<Sha256>>);
 
 impl Sha256Of {
     fn hex(&self) -> String {

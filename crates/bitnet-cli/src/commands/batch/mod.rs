@@ -43,17 +43,15 @@ const RENAMED: &str = "input_";
 
 pub fn run(args: BatchArgs, messages: &Messages) -> Result<()> {
     let job = Job::new(args)?;
-    let (rows, digest) = job.rows()?.count()?;
-    if !job.args.restart
-        && job.args.output.exists()
-        && !files::with_suffix(&job.args.output, ".part").exists()
-    {
+    let output = &job.args.output;
+    if !job.args.restart && output.exists() && !files::with_suffix(output, ".part").exists() {
         bail!(
             "{}: is there already: choose another OUT, or --restart to replace it",
-            job.args.output.display()
+            output.display()
         );
     }
-    let mut journal = Journal::open(&job.args.output)?;
+    let (rows, digest) = job.rows()?.count()?;
+    let mut journal = Journal::open(output)?;
     match job.fill(&mut journal, rows, digest, messages) {
         Ok(seconds) => job.finish(journal, seconds, messages),
         Err(error) => {
@@ -314,7 +312,10 @@ fn with_result(row: Fields, generation: Result<Option<Generation>, String>) -> F
 
 /// Results that are there are not lost by an error that ends the run.
 fn resumable(error: anyhow::Error, rows: u64) -> anyhow::Error {
-    anyhow!("{error}; {rows} rows are kept, and the same command goes on from there")
+    match rows {
+        0 => error,
+        rows => anyhow!("{error}; {rows} rows are kept, and the same command goes on from there"),
+    }
 }
 
 /// What became of all rows.

@@ -113,18 +113,20 @@ impl Display {
     fn push(&mut self, text: &str) -> Result<()> {
         let text = if self.begun { text } else { text.trim_start() };
         self.begun |= !text.is_empty();
-        Ok(match &mut self.wrapping {
+        match &mut self.wrapping {
             Some(wrapping) => output::piece(&wrapping.push(text))?,
             None => output::piece(text)?,
-        })
+        }
+        Ok(())
     }
 
     fn finish(&mut self) -> Result<()> {
         if let Some(wrapping) = &mut self.wrapping {
             output::piece(&wrapping.finish())?;
         }
-        Ok(if self.begun {
-            output::end_of_text()?
-        })
+        if self.begun {
+            output::end_of_text()?;
+        }
+        Ok(())
     }
 }
