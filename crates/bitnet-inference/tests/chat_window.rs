@@ -59,7 +59,7 @@ fn a_last_turn_that_is_too_long_is_refused() {
     assert!(matches!(error, Error::ContextExceeded { context_length: 512, .. }), "{error}");
     // More than half of the context is no reason.
     messages.pop();
-    messages.push(Message::new("user", "the cat ".repeat(150)));
+    messages.push(Message::new("user", "the cat ".repeat(180)));
     let window = engine.chat_window(&messages, 100).unwrap();
     assert_eq!(window.dropped, 5);
     assert!(window.prompt_tokens > 256);
@@ -72,8 +72,10 @@ fn little_memory_for_keys_and_values_is_a_short_context() {
     engine.load_model("tiny").unwrap();
     let context = engine.context_length().unwrap();
     assert!(context < 512);
-    let params = GenerationParams { max_tokens: context, ..GenerationParams::default() };
-    engine.generate("a", params).wait().unwrap();
+    // The begin token and a letter come before it.
+    let params = |max_tokens| GenerationParams { max_tokens, ..GenerationParams::default() };
+    engine.generate("a", params(context - 2)).wait().unwrap();
+    assert!(engine.generate("a", params(context)).wait().is_err());
 }
 
 #[test]
