@@ -4,15 +4,23 @@
 //! is to be read is a path here and a prompt there.
 
 mod batch;
+mod bench;
 mod chat;
+mod config;
+mod eval;
+mod perplexity;
+
+pub use batch::{BatchArgs, InputFormat, OutputFormat};
+pub use bench::{BenchArgs, BenchFormat};
+pub use chat::ChatArgs;
+pub use config::ConfigArgs;
+pub use eval::EvalArgs;
+pub use perplexity::PerplexityArgs;
 
 use std::path::PathBuf;
 
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
-
-pub use batch::{BatchArgs, InputFormat, OutputFormat};
-pub use chat::ChatArgs;
 
 /// Runs ternary (1.58-bit) language models on plain CPUs.
 #[derive(Debug, Parser)]
@@ -23,8 +31,11 @@ pub use chat::ChatArgs;
     max_term_width = 80,
     after_help = "\
 MODEL is `tiny` (built in, the default), the folder of a Hugging Face
-checkpoint, or a .gguf or .bitnet file. Results go to stdout, with --json for machines;
-notes and timing go to stderr, and with BITNET_LOG=debug what took which time.
+checkpoint, or a .gguf or .bitnet file. Results go to stdout, with --json for
+machines; notes and timing go to stderr, and with BITNET_LOG=debug what took
+which time. NO_COLOR=1 turns colours off.
+
+Flags that you give each time can be kept: `bitnet config --help`.
 
 Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
@@ -40,6 +51,10 @@ pub struct Cli {
     /// Print neither notes nor timing on stderr; errors only
     #[arg(short, long, global = true)]
     pub quiet: bool,
+
+    /// Take the defaults of a profile in the configuration file
+    #[arg(long = "use", value_name = "PROFILE", global = true)]
+    pub use_profile: Option<String>,
 }
 
 #[derive(Debug, Subcommand)]
@@ -68,6 +83,12 @@ pub enum Command {
     Doctor(DoctorArgs),
     /// Measure how fast a model reads and writes
     Bench(BenchArgs),
+    /// Measure how well a model foretells texts
+    Perplexity(PerplexityArgs),
+    /// Measure how many multiple-choice questions a model answers
+    Eval(EvalArgs),
+    /// Show which defaults are in force, and where they come from
+    Config(ConfigArgs),
     /// Print a script that lets a shell complete commands and flags
     Completions(CompletionsArgs),
     /// Write the manual pages
@@ -476,6 +497,10 @@ pub struct ManArgs {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  bitnet devices
+  bitnet devices --json")]
 pub struct DevicesArgs {
     /// Print {"devices":[..]}
     #[arg(long)]
@@ -486,7 +511,8 @@ pub struct DevicesArgs {
 #[command(after_help = "\
 A fingerprint is what a model computes for a fixed prompt, to the last bit.
 It is the same on every CPU, so one that differs means a fault in the machine,
-the model file, or this program.
+the model file, or this program. Of a model with -m it also shows what it makes
+of an easy text: files that contradict themselves make gibberish.
 
 Examples:
   bitnet doctor
@@ -507,110 +533,6 @@ pub struct DoctorArgs {
 
     #[command(flatten)]
     pub model: ModelArgs,
-}
-
-#[derive(Debug, Args)]
-#[command(after_help = "\
-pp512 reads a prompt of 512 tokens up to the first token after it, tg128
-generates 128 tokens greedily, tg128x4@1000 does so for 4 sequences at once
-that hold 1000 tokens each. Every test runs once to warm up and then --reps
-times. What the columns mean is in docs/performance.md. --ops measures single
-operations on weights that stay in the cache, --grade what a user of the
-model meets, with marks from A+ to D.
-
-Examples:
-  bitnet bench
-  bitnet bench --shape bitnet-2b-4t -p 128,512 -n 64 -t 1,2 --ceilings
-  bitnet bench -m models/bitnet-2b.gguf -p 0 -n 64 -d 0,1000,4000 --kv-type f16
-  bitnet bench --shape bitnet-2b-4t --gate-sparsity 0 --format json")]
-pub struct BenchArgs {
-    #[command(flatten)]
-    pub model: ModelName,
-
-    /// Measure single operations in place of a model
-    #[arg(long, conflicts_with_all = ["model", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings"])]
-    pub ops: bool,
-
-    /// Measure requests, a batch, memory and this machine, and grade them
-    #[arg(long, conflicts_with_all = ["ops", "shape", "prompt", "generate", "depth", "batch", "kv_type", "ceilings", "threads"])]
-    pub grade: bool,
-
-    /// Random weights of a known shape in place of a model
-    #[arg(long, value_name = "NAME", value_parser = shape_names(), conflicts_with = "model")]
-    pub shape: Option<String>,
-
-    /// Share of gates that are zero, 0 to 1, with a shape that has relu2
-    #[arg(long, value_name = "F", requires = "shape", value_parser = share)]
-    #[arg(allow_negative_numbers = true)]
-    pub gate_sparsity: Option<f64>,
-
-    /// Tokens of the prompts to read; 0 reads none
-    #[arg(short, long, value_name = "TOKENS", value_delimiter = ',', default_value = "512")]
-    #[arg(value_parser = test_tokens)]
-    pub prompt: Vec<usize>,
-
-    /// Tokens to generate; 0 generates none
-    #[arg(short = 'n', long, value_name = "TOKENS", value_delimiter = ',', default_value = "128")]
-    #[arg(value_parser = test_tokens)]
-    pub generate: Vec<usize>,
-
-    /// Tokens that are in the context before each test
-    #[arg(short, long, value_name = "TOKENS", value_delimiter = ',', default_value = "0")]
-    #[arg(value_parser = test_tokens)]
-    pub depth: Vec<usize>,
-
-    /// Sequences at once
-    #[arg(short, long, value_name = "N", value_delimiter = ',', default_value = "1")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
-    pub batch: Vec<u16>,
-
-    /// Numbers of threads [default: one per physical core]
-    #[arg(short, long, value_name = "N", value_delimiter = ',', value_parser = threads)]
-    pub threads: Vec<usize>,
-
-    /// Repetitions of each test
-    #[arg(long, value_name = "N", default_value_t = 5)]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
-    pub reps: u16,
-
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
-
-    /// Measure what the machine can do at most, and each result's share of it
-    #[arg(long)]
-    pub ceilings: bool,
-
-    /// Form of the results
-    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = BenchFormat::Table)]
-    pub format: BenchFormat,
-}
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum BenchFormat {
-    Table,
-    Json,
-    Csv,
-    Md,
-}
-
-fn shape_names() -> clap::builder::PossibleValuesParser {
-    bitnet_model::shapes::ALL.map(|shape| shape.name).into()
-}
-
-fn share(text: &str) -> Result<f64, String> {
-    let share = text.parse().ok().filter(|share| (0.0..=1.0).contains(share));
-    share.ok_or_else(|| "give a share from 0 to 1, such as 0.5".to_owned())
-}
-
-/// Far more than any model's context.
-const MAX_TEST_TOKENS: usize = 1 << 24;
-
-fn test_tokens(text: &str) -> Result<usize, String> {
-    text.parse()
-        .ok()
-        .filter(|&n| n <= MAX_TEST_TOKENS)
-        .ok_or_else(|| format!("give a number from 0 to {MAX_TEST_TOKENS}"))
 }
 
 /// More threads than any machine this runs on has cores.
@@ -650,6 +572,18 @@ mod tests {
     #[test]
     fn the_flags_do_not_contradict_each_other() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_shows_examples_in_lines_that_fit_a_terminal() {
+        let cli = Cli::command();
+        for command in std::iter::once(&cli).chain(cli.get_subcommands()) {
+            let name = command.get_name();
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example") && help.contains("\n  bitnet "), "{name}");
+            let longest = help.lines().max_by_key(|line| line.chars().count()).unwrap_or("");
+            assert!(longest.chars().count() <= 80, "{name}: {longest}");
+        }
     }
 
     #[test]

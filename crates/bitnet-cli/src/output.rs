@@ -80,22 +80,21 @@ impl Messages {
         }
     }
 
-    /// A bar that fills up from `done` to `all` rows, where somebody may be watching.
-    pub fn bar(&self, all: u64, done: u64) -> ProgressBar {
+    /// A bar of how much is done of `total` things that are called `unit`, with their rate and the
+    /// remaining time; drawn only where somebody may be watching. What its message says stands last.
+    pub fn bar(&self, total: u64, unit: &str) -> ProgressBar {
         let target = match self.quiet {
             true => ProgressDrawTarget::hidden(),
             false => ProgressDrawTarget::stderr(),
         };
+        let template =
+            format!("{{bar:16}} {{pos}}/{{len}} {unit}, {{rate}}/s, {{eta}} left{{msg}}");
         let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
-            let _ = write!(text, "{} rows/s", number(state.per_sec()));
+            let _ = text.write_str(&number(state.per_sec()));
         };
-        let style = ProgressStyle::with_template("{wide_bar} {pos}/{len}{msg}, {rate}, {eta} left")
-            .expect("the template is valid")
-            .with_key("rate", rate);
-        let bar =
-            ProgressBar::with_draw_target(Some(all), target).with_style(style).with_position(done);
-        bar.reset_eta();
-        bar
+        let style = ProgressStyle::with_template(&template).expect("a template without mistakes");
+        let style = style.with_key("rate", rate);
+        ProgressBar::with_draw_target(Some(total), target).with_style(style)
     }
 
     /// Lines that were asked for beside the result.

@@ -2,7 +2,8 @@
 
 mod support;
 
-use support::{bitnet, json_of, stdout_of};
+use serde_json::{Value, json};
+use support::{Folder, bitnet, json_of, stdout_of};
 
 const QUICK: [&str; 9] = ["bench", "-p", "40", "-n", "3", "--reps", "2", "-t", "1"];
 
@@ -61,6 +62,97 @@ fn the_table_fits_a_terminal() {
     assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
     assert!(table.contains("gates at zero: "), "{table}");
     assert!(table.contains("tg3x2@100"), "{table}");
+}
+
+#[test]
+fn prompts_of_several_sequences_may_take_several_steps() {
+    // 4 x 64 tokens are two steps, each of which ends two of the prompts.
+    let flags = ["bench", "-p", "64", "-n", "0", "-b", "1,4", "--reps", "1", "--format", "json"];
+    let report = json_of(&flags);
+    let rows = report["rows"].as_array().unwrap();
+    assert_eq!(rows[1]["test"], "pp64x4");
+    assert_eq!(rows[1]["sequences"], 4);
+    let [all, each] = ["/tokens_per_s/median", "/tokens_per_s_each"]
+        .map(|name| rows[1].pointer(name).unwrap().as_f64().unwrap());
+    assert!((all / each - 4.0).abs() < 1e-9, "{all} {each}");
+}
+
+#[test]
+fn a_run_is_compared_with_an_earlier_one() {
+    let folder = Folder::new();
+    let flags = ["bench", "-p", "8,16", "-n", "2", "--reps", "2", "-t", "1"];
+    let run = |more: &[&str]| folder.run(&[&flags[..], more].concat());
+    let first = run(&["--format", "json"]);
+    assert_eq!(first.code, Some(0), "{}", first.stderr);
+    let mut before: Value = serde_json::from_str(&first.stdout).unwrap();
+    assert!(before["rows"][0]["ratio"].is_null());
+    // A machine a thousand times as fast, one a thousand times as slow, and a test that is not there.
+    before["rows"][0]["tokens_per_s"]["median"] = json!(1e9);
+    before["rows"][1]["tokens_per_s"]["median"] = json!(1e-3);
+    before["rows"][2]["test"] = json!("tg9");
+    before["machine"]["cpu"] = json!("Z80");
+    folder.write("before.json", before.to_string());
+
+    let report = run(&["--compare", "before.json", "--format", "json"]);
+    assert_eq!(report.code, Some(0), "{}", report.stderr);
+    assert!(report.stderr.contains("before.json is of another processor: Z80, not "));
+    let report: Value = serde_json::from_str(&report.stdout).unwrap();
+    let ratio = |row: usize| report["rows"][row]["ratio"].as_f64();
+    assert!(ratio(0).unwrap() < 0.95 && ratio(1).unwrap() > 0.95 && ratio(2).is_none());
+    assert_eq!(report["compared_with"]["file"], "before.json");
+
+    let table = run(&["--compare", "before.json", "--fail-on-regression", "--quiet"]);
+    assert_eq!(table.code, Some(1));
+    assert_eq!(table.stderr, "error: pp8: more than 5 % slower than before\n");
+    let slower: Vec<&str> = table.stdout.lines().filter(|line| line.ends_with("SLOWER")).collect();
+    assert!(slower.len() == 1 && slower[0].starts_with("pp8 "), "{}", table.stdout);
+    assert!(table.stdout.lines().all(|line| line.chars().count() <= 80), "{}", table.stdout);
+}
+
+#[test]
+fn what_cannot_be_compared_is_refused_before_anything_is_measured() {
+    let folder = Folder::new();
+    folder.write("text.json", "{}");
+    let refused = folder.run(&["bench", "--compare", "text.json"]);
+    assert_eq!(refused.code, Some(1));
+    let sentence = "error: text.json: holds no results as `bitnet bench --format json` prints them";
+    assert!(refused.stderr.starts_with(sentence), "{}", refused.stderr);
+
+    let flags = ["bench", "-p", "8", "-n", "0", "--reps", "1", "-t", "1"];
+    let first = folder.run(&[&flags[..], &["--format", "json"]].concat());
+    folder.write("pp8.json", first.stdout);
+    let refused = folder.run(&["bench", "--compare", "pp8.json", "-p", "9"]);
+    assert_eq!(refused.code, Some(1));
+    let sentence =
+        "error: pp8.json: has none of these tests, by as many threads: it has pp8 by 1\n";
+    assert_eq!(refused.stderr, sentence);
+}
+
+#[test]
+fn a_chart_has_a_bar_for_each_test_with_its_machine_and_date() {
+    let folder = Folder::new();
+    let model = folder.model("<odd> & \"name\"");
+    let flags = ["bench", "-p", "8,16", "-n", "2", "--reps", "1", "-q", "--plot", "out.svg", "-m"];
+    let run = folder.run(&[&flags[..], &[model.to_str().unwrap()]].concat());
+    assert_eq!(run.code, Some(0), "{}", run.stderr);
+    let svg = std::fs::read_to_string(folder.path("out.svg")).unwrap();
+    let report = json_of(&with(&["--format", "json"]));
+    let cpu = report["machine"]["cpu"].as_str().unwrap().replace('&', "&amp;");
+    for text in ["<svg xmlns", ">pp8<", ">pp16<", ">tg2<", "&lt;odd&gt; &amp; ", &cpu, ", 20"] {
+        assert!(svg.contains(text), "{text}: {svg}");
+    }
+    // The ground, and a bar each.
+    assert_eq!(svg.matches("<rect").count(), 4, "{svg}");
+
+    let refused = folder.run(&["bench", "-p", "8", "-n", "0", "--reps", "1", "--plot", "no/x.svg"]);
+    assert_eq!(refused.code, Some(1));
+    assert!(
+        refused.stderr.ends_with(
+            "error: no/x.svg: cannot be written: No such file or directory (os error 2)\n"
+        ),
+        "{}",
+        refused.stderr
+    );
 }
 
 #[test]

@@ -6,8 +6,10 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 12] = [
+const COMMANDS: [&str; 17] = [
     "run",
+    "chat",
+    "batch",
     "logits",
     "tokenize",
     "detokenize",
@@ -17,6 +19,9 @@ const COMMANDS: [&str; 12] = [
     "devices",
     "doctor",
     "bench",
+    "perplexity",
+    "eval",
+    "config",
     "completions",
     "man",
 ];

@@ -168,6 +168,19 @@ pub enum Error {
         /// What is wrong with it.
         reason: ConversationError,
     },
+    /// Windows of a text that the model cannot read, or that leave tokens out.
+    #[error(
+        "windows of {context} tokens that begin every {stride} are not possible: a window has 2 to \
+         {context_length} tokens, the model's context, and the next one begins 1 to {context} later"
+    )]
+    Windows {
+        /// Tokens of a window.
+        context: usize,
+        /// Tokens between two beginnings.
+        stride: usize,
+        /// Tokens the model can hold.
+        context_length: usize,
+    },
     /// The model makes no embeddings, or makes nothing else.
     #[error("{0}")]
     WrongKind(String),

@@ -16,6 +16,7 @@ mod kv_cache;
 mod masks;
 pub mod model;
 pub mod model_cache;
+pub mod perplexity;
 pub mod random;
 pub mod request;
 mod runner;

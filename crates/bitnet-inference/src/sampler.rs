@@ -391,6 +391,23 @@ fn argmax(logits: &[f32]) -> Result<u32, SampleError> {
     }
 }
 
+/// `ln p` of a token in f64, by the softmax of all logits.
+///
+/// # Errors
+/// [`SampleError::BadLogit`] if that is no finite number: the token's logit or another one is none.
+pub(crate) fn logprob(logits: &[f32], token: u32) -> Result<f64, SampleError> {
+    let logit = logits[token as usize];
+    let logprob = f64::from(logit) - log_sum_exp(logits);
+    match logprob.is_finite() {
+        true => Ok(logprob),
+        false => {
+            let bad = (0..).zip(logits).find(|(_, logit)| !logit.is_finite());
+            let (id, &logit) = bad.unwrap_or((token, &logit));
+            Err(SampleError::BadLogit { id, logit })
+        }
+    }
+}
+
 /// `ln of the sum of exp(logit)` in f64, for logits with a finite maximum.
 fn log_sum_exp(logits: &[f32]) -> f64 {
     let largest = f64::from(numerics::max(logits));

@@ -152,6 +152,7 @@ pub struct Session {
 trait AnySequence: Send {
     fn length(&self) -> usize;
     fn decoder_limits(&self) -> (usize, usize);
+    fn truncate(&mut self, length: usize);
     fn feed(&mut self, tokens: &[u32], output: &mut Output<'_>) -> Result<(), CoreError>;
 }
 
@@ -219,6 +220,12 @@ impl<B: Backend> AnySequence for Sequence<B> {
         (self.decoder.config().context_length, self.decoder.vocab_size())
     }
 
+    fn truncate(&mut self, length: usize) {
+        self.length = self.length.min(length);
+        // What the other blocks hold is written anew before it is read.
+        self.blocks.truncate(self.length.div_ceil(BLOCK_TOKENS));
+    }
+
     fn feed(&mut self, tokens: &[u32], output: &mut Output<'_>) -> Result<(), CoreError> {
         self.reserve(tokens.len())?;
         let mut values = Vec::new();
@@ -278,6 +285,12 @@ impl Session {
         context_length - self.length()
     }
 
+    /// Forgets all but the first `length` tokens, so that others can follow them. Does nothing to a
+    /// sequence that has no more.
+    pub fn truncate(&mut self, length: usize) {
+        self.sequence.truncate(length);
+    }
+
     /// A constraint for outputs of the model, which any of these ids ends.
     pub(crate) fn grammar(
         &self,
@@ -287,7 +300,8 @@ impl Session {
         Grammar::new(&self.vocabulary, constraint, end_ids)
     }
 
-    fn check(&self, tokens: &[u32]) -> Result<(), Error> {
+    /// Refuses tokens that cannot be read next.
+    pub(crate) fn check(&self, tokens: &[u32]) -> Result<(), Error> {
         check_tokens(tokens, self.length(), self.sequence.decoder_limits())
     }
 

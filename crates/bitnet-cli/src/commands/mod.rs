@@ -4,15 +4,18 @@ mod batch;
 mod bench;
 mod chat;
 mod completions;
+mod config;
 mod convert;
 mod detokenize;
 mod devices;
 mod doctor;
 mod embed;
+mod eval;
 mod generation;
 mod info;
 mod logits;
 mod man;
+mod perplexity;
 mod profile;
 mod run;
 mod tokenize;
@@ -34,6 +37,7 @@ use crate::args::{
     ActivationsChoice, Command, DeviceChoice, FileArgs, I2sLayoutChoice, KvTypeChoice, ModelArgs,
 };
 use crate::output::Messages;
+use crate::settings::Settings;
 
 /// The flags are wrong in a way that only their meaning shows.
 #[derive(Debug)]
@@ -59,8 +63,8 @@ impl std::fmt::Display for Interrupted {
 
 impl std::error::Error for Interrupted {}
 
-/// Runs one command.
-pub fn run(command: Command, messages: &Messages) -> Result<()> {
+/// Runs one command. `settings` have become defaults of its flags already.
+pub fn run(command: Command, settings: &Settings, messages: &Messages) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, messages),
         Command::Chat(args) => chat::run(args, messages),
@@ -74,6 +78,9 @@ pub fn run(command: Command, messages: &Messages) -> Result<()> {
         Command::Devices(args) => devices::run(args),
         Command::Doctor(args) => doctor::run(args, messages),
         Command::Bench(args) => bench::run(args, messages),
+        Command::Perplexity(args) => perplexity::run(args, messages),
+        Command::Eval(args) => eval::run(args, messages),
+        Command::Config(args) => config::run(args, settings),
         Command::Completions(args) => completions::run(args),
         Command::Man(args) => man::run(args, messages),
     }

@@ -55,6 +55,8 @@ impl Folder {
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
         command.current_dir(self.0.path()).args(arguments).stdin(Stdio::null());
+        // Whoever runs the tests may have defaults of their own.
+        command.env("BITNET_CONFIG", "");
         command
     }
 

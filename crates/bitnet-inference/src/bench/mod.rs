@@ -346,7 +346,9 @@ impl Generated {
         // Greedy sampling without penalties asks for no ids by name.
         let pick = |&row: &usize| Pick { row, keep: Keep::Largest(1), exact_ids: &[] };
         let screened: Vec<Pick<'_>> = picks.iter().map(pick).collect();
-        if decoder.candidates(workspace, &screened, &mut candidates[..picks.len()])? {
+        // A step of a prefill may end fewer prompts than there are sequences.
+        let candidates = &mut candidates[..picks.len()];
+        if decoder.candidates(workspace, &screened, candidates)? {
             for (token, candidates) in tokens.iter_mut().zip(candidates) {
                 *token = sampler.sample_candidates(candidates, &[], 0)?.token;
             }

@@ -145,7 +145,9 @@ impl Job {
         }
 
         let started = Instant::now();
-        let bar = messages.bar(rows, done);
+        let bar = messages.bar(rows, "rows");
+        bar.set_position(done);
+        bar.reset_eta();
         let watch = Watch::new();
         let mut failed = 0;
         let mut results = stream::iter(self.rows()?.enumerate().skip(done as usize))

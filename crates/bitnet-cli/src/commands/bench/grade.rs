@@ -4,7 +4,7 @@ use anyhow::Result;
 use bitnet_inference::benchmark::{Benchmark, Percentiles, Shares, benchmark};
 use serde::Serialize;
 
-use super::MachineFacts;
+use super::report::MachineFacts;
 use crate::args::{BenchArgs, BenchFormat};
 use crate::commands::WrongUsage;
 use crate::output::{self, Messages};

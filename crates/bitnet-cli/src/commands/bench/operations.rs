@@ -6,7 +6,8 @@ use anyhow::Result;
 use bitnet_inference::bench::{Operation, OperationMeasurement};
 use serde::Serialize;
 
-use super::{MachineFacts, Spread, count};
+use super::count;
+use super::report::{MachineFacts, Spread};
 use crate::args::{BenchArgs, BenchFormat};
 use crate::output::{self, Messages, number};
 

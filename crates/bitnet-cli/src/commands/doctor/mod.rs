@@ -3,6 +3,8 @@
 //! Every processor gives the same logits to the last bit, so a digest of them is all it takes to
 //! compare two machines.
 
+mod sense;
+
 use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
@@ -21,7 +23,7 @@ use crate::output::{self, Messages};
 
 /// Fingerprints that this program carries, made on the plainest instruction set by
 /// `BITNET_ISA=scalar bitnet doctor --threads 1 --write crates/bitnet-cli/fingerprints.json`.
-const STORED: &str = include_str!("../../fingerprints.json");
+const STORED: &str = include_str!("../../../fingerprints.json");
 
 /// Tokens of the prompt, and tokens generated after it.
 const PROMPT: usize = 16;
@@ -59,7 +61,7 @@ pub fn run(args: DoctorArgs, messages: &Messages) -> Result<()> {
         None => None,
     };
     let stored = parse(STORED, "the fingerprints in this program")?;
-    let mut report = Report::default();
+    let mut report = Report { results_are_right: true, checks: Vec::new(), fingerprint: None };
     check_machine(&mut report)?;
     // What writes the stored fingerprint of the built-in model cannot be held against it.
     if args.write.is_none() {
@@ -73,18 +75,27 @@ pub fn run(args: DoctorArgs, messages: &Messages) -> Result<()> {
     } else {
         output::lines(&report.table())?;
     }
+    if !report.results_are_right {
+        bail!(
+            "results differ from those that are known to be right: the machine's memory or \
+             processor, the model's files, or this program is at fault"
+        );
+    }
     match report.is_healthy() {
         true => Ok(()),
         false => bail!(
-            "results differ from those that are known to be right: the machine's memory or \
-             processor, the model's files, or this program is at fault"
+            "the model does not work as it should: its files are damaged or say something wrong \
+             about it; get them again, or with I2_S weights try --i2s-layout"
         ),
     }
 }
 
 /// What was found so far.
-#[derive(Default, Serialize)]
+#[derive(Serialize)]
 struct Report {
+    /// Whether every comparison with a fingerprint was equal.
+    #[serde(skip)]
+    results_are_right: bool,
     checks: Vec<Check>,
     /// Of the model that was asked for.
     fingerprint: Option<Fingerprint>,
@@ -109,6 +120,7 @@ impl Report {
 
     fn compare(&mut self, name: impl Into<String>, found: &Fingerprint, expected: &Fingerprint) {
         let agrees = found.agrees_with(expected);
+        self.results_are_right &= agrees;
         let finding = if agrees { "ok, equal to the last bit" } else { "FAULT: results differ" };
         let finding = finding.to_owned();
         self.checks.push(Check { name: name.into(), finding, ok: Some(agrees) });
@@ -166,10 +178,14 @@ fn check_model(
     report: &mut Report,
 ) -> Result<()> {
     let name = &args.model.name.model;
-    let found = fingerprint(name, &super::load(&args.model, messages)?)?;
+    let model = super::load(&args.model, messages)?;
+    let found = fingerprint(name, &model)?;
     report.add("model", name);
     report.add("weights", format!("sha256 {}…", &found.weights_sha256[..16]));
     report.add("logits", format!("sha256 {}…", &found.logits_sha256[..16]));
+    if model.config().pooling.is_none() {
+        sense::check(&model, report)?;
+    }
     match (against, &args.against) {
         (Some(list), Some(path)) => {
             let path = path.display();
