@@ -67,7 +67,7 @@ ln -s "$bitnet" "$folder/bitnet"
 
 echo "== chat"
 begin
-type_line 'bitnet chat --system "You tell stories." -n 60'
+type_line 'bitnet chat --system "You tell stories." -n 60 --seed 7'
 wait_for 'Ctrl-D leaves'
 type_line 'Tell me a story about a cat and a dog.'
 wait_for '/512] '

@@ -53,7 +53,7 @@ pub fn run(args: BatchArgs, messages: &Messages) -> Result<()> {
     let (rows, digest) = job.rows()?.count()?;
     let mut journal = Journal::open(output)?;
     match job.fill(&mut journal, rows, digest, messages) {
-        Ok(seconds) => job.finish(journal, seconds, messages),
+        Ok(work) => job.finish(journal, work, messages),
         Err(error) => {
             journal.abandon();
             Err(error)
@@ -114,14 +114,14 @@ impl Job {
         Ok(rows)
     }
 
-    /// Computes the results that are not there yet. Returns how many seconds this took.
+    /// Computes the results that are not there yet.
     fn fill(
         &self,
         journal: &mut Journal,
         rows: u64,
         digest: String,
         messages: &Messages,
-    ) -> Result<f64> {
+    ) -> Result<Work> {
         let args = &self.args;
         let options = super::model_options(&args.model);
         let model = super::load_generator(&args.model.name.model, &options, messages)?;
@@ -156,7 +156,7 @@ impl Job {
         loop {
             let Some(next) = block_on(watch.until(results.next())) else {
                 journal.sync()?;
-                bar.abandon();
+                bar.finish_and_clear();
                 let kept = journal.rows();
                 bail!(Interrupted(format!(
                     "stopped after {kept} of {rows} rows: the same command goes on from there"
@@ -175,7 +175,7 @@ impl Job {
         if journal.rows() != rows {
             bail!("{}: was changed while it was read: run this again", args.input.display());
         }
-        Ok(started.elapsed().as_secs_f64())
+        Ok(Work { rows: rows - done, seconds: started.elapsed().as_secs_f64() })
     }
 
     /// The result of a row, which is submitted at once. What goes wrong with it is in its `error`;
@@ -249,7 +249,7 @@ impl Job {
     }
 
     /// Writes the output of a journal that has all results.
-    fn finish(&self, mut journal: Journal, seconds: f64, messages: &Messages) -> Result<()> {
+    fn finish(&self, mut journal: Journal, work: Work, messages: &Messages) -> Result<()> {
         let path = &self.args.output;
         let kept = journal.rows();
         let mut counts = Counts::default();
@@ -263,6 +263,7 @@ impl Job {
 
         let Counts { rows, failed, cut_off, tokens, first_error } = &counts;
         if self.args.json {
+            let Work { seconds, .. } = work;
             output::json(&Summary { rows: *rows, failed: *failed, tokens: *tokens, seconds })?;
         }
         if let Some((row, error)) = first_error {
@@ -274,16 +275,23 @@ impl Job {
                 "{cut_off} outputs are cut off and may not be what the constraint asks: raise -n"
             ));
         }
-        messages.summary(&format!(
-            "{}: {rows} rows, {tokens} tokens, {} s",
-            path.display(),
-            number(seconds)
-        ));
+        let seconds = number(work.seconds);
+        let time = match work.rows == *rows {
+            true => format!("{seconds} s"),
+            false => format!("{seconds} s for the last {}", work.rows),
+        };
+        messages.summary(&format!("{}: {rows} rows, {tokens} tokens, {time}", path.display()));
         match self.args.strict && *failed > 0 {
             true => bail!("{failed} of {rows} rows failed: see `{ERROR}` in {}", path.display()),
             false => Ok(()),
         }
     }
+}
+
+/// What this run did; there may have been others before it.
+struct Work {
+    rows: u64,
+    seconds: f64,
 }
 
 /// The fields of a row, and after them what came of it.
@@ -349,7 +357,7 @@ struct Summary {
     rows: u64,
     failed: u64,
     tokens: u64,
-    /// Of this run; there may have been others before it.
+    /// Of this run.
     seconds: f64,
 }
 
