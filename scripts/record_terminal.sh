@@ -72,10 +72,8 @@ wait_for 'Ctrl-D leaves'
 type_line 'Tell me a story about a cat and a dog.'
 wait_for '/512] '
 type_line '/set temperature 0.3'
-type_line 'Tell me of a girl who finds a little red ball and'
-terminal send-keys -t record BSpace BSpace BSpace BSpace
-sleep 0.3
-wait_for 'answer is cut'
+type_line 'Tell me of a girl who finds a little red ball.'
+sleep 2
 type_line '/stats'
 wait_for 'last prompt'
 type_line '/save story.json'
@@ -99,6 +97,8 @@ batch="bitnet batch stories.csv -o stories.jsonl -n 40 --temperature 0.7"
 batch+=" --template '{{ name }} had a {{ thing }}.'"
 begin
 type_line 'head -3 stories.csv'
+wait_for '2,Lily'
+sleep 0.3
 type_line "$batch"
 wait_for ' left'
 sleep 2

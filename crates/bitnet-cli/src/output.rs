@@ -174,8 +174,8 @@ impl Wrapping {
                 }
                 ' ' | '\t' => {
                     shown += &self.finish();
-                    // A space at the end of a line would begin the next one.
-                    if self.column + 1 < self.columns {
+                    // A space after a full line would begin the next one.
+                    if self.column < self.columns {
                         shown.push(' ');
                         self.column += 1;
                     }
@@ -195,8 +195,11 @@ impl Wrapping {
         if breaks {
             self.column = 0;
         }
-        // Longer words than lines are broken by the terminal.
-        self.column = (self.column + width) % self.columns.max(width + 1);
+        // Longer words than lines are broken by the terminal. A line that is full stays the current one.
+        self.column = match self.column + width {
+            0 => 0,
+            end => (end - 1) % self.columns + 1,
+        };
         if breaks { format!("\n{word}") } else { word }
     }
 }
@@ -267,7 +270,7 @@ mod tests {
     #[test]
     fn lines_end_between_words_however_the_text_is_cut() {
         let text = "one two three\n\nfour 漢字漢字 \x1b[2Jfive";
-        let expected = "one two \nthree\n\nfour \n漢字漢字\n[2Jfive";
+        let expected = "one two \nthree\n\nfour \n漢字漢字 \n[2Jfive";
         for length in 1..text.len() {
             let mut wrapping = Wrapping::of(9);
             let mut shown = String::new();
@@ -277,6 +280,10 @@ mod tests {
             }
             shown += &wrapping.finish();
             assert_eq!(shown, expected);
+        }
+        for (columns, expected) in [(3, "abc\nd e"), (4, "abc \nd e"), (5, "abc d\ne")] {
+            let mut wrapping = Wrapping::of(columns);
+            assert_eq!(wrapping.push("abc d e") + &wrapping.finish(), expected);
         }
     }
 
