@@ -162,12 +162,34 @@ fetch() {
         cannot "cargo cannot fetch the dependencies for $2: $(head -n 1 "$log")"
 }
 
+# Writes a program that makes the file it is asked for, empty, in place of a C compiler and of the program
+# that joins its results: types are checked without what C would compile to.
+prepare_stand_in() {
+    stand_in=$cross/no-c
+    cat >"$stand_in" <<'STAND_IN'
+#!/bin/sh
+# The file follows -o, or stands in -FoFILE or -out:FILE, or behind ar's letters.
+for argument; do
+    case $argument in
+        -Fo*) : >"${argument#-Fo}" ;;
+        -out:*) : >"${argument#-out:}" ;;
+        *.a) : >"$argument" ;;
+        *) [ "$previous" != -o ] || : >"$argument" ;;
+    esac
+    previous=$argument
+done
+STAND_IN
+    chmod +x "$stand_in"
+}
+
 # There is no prebuilt standard library for these: cargo builds it from the unpacked sources,
 # which takes the compiler's unstable options. Nothing is linked, so no C compiler for the target
-# and no SDK are needed, as long as no dependency compiles C. The folder is another one than
-# build because RUSTC_BOOTSTRAP makes build scripts run again.
+# and no SDK are needed. The folder is another one than build because RUSTC_BOOTSTRAP makes build
+# scripts run again.
 type_check() {
     local -x RUSTC_BOOTSTRAP=1
+    prepare_stand_in
+    local -x "CC_${1//-/_}=$stand_in" "AR_${1//-/_}=$stand_in"
     fetch check "$1" -Zbuild-std=std,panic_abort
     cross_cargo check check --locked --workspace --target "$1" -Zbuild-std=std,panic_abort
 }

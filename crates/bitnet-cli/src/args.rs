@@ -8,6 +8,7 @@ mod bench;
 mod chat;
 mod config;
 mod eval;
+mod hub;
 mod perplexity;
 
 pub use batch::{BatchArgs, InputFormat, OutputFormat};
@@ -15,6 +16,7 @@ pub use bench::{BenchArgs, BenchFormat};
 pub use chat::ChatArgs;
 pub use config::ConfigArgs;
 pub use eval::EvalArgs;
+pub use hub::{ListArgs, PullArgs, RmArgs};
 pub use perplexity::PerplexityArgs;
 
 use std::path::PathBuf;
@@ -31,7 +33,8 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
     max_term_width = 80,
     after_help = "\
 MODEL is `tiny` (built in, the default), the folder of a Hugging Face
-checkpoint, or a .gguf or .bitnet file. Results go to stdout, with --json for
+checkpoint, a .gguf or .bitnet file, or the name of a model on the Hugging Face
+hub: org/name[@REVISION][:FILE]. Results go to stdout, with --json for
 machines; notes and timing go to stderr, and with BITNET_LOG=debug what took
 which time. NO_COLOR=1 turns colours off.
 
@@ -41,6 +44,7 @@ Exit status: 0 success, 1 failure, 2 wrong usage, 130 interrupted.
 
 Examples:
   bitnet run \"Once upon a time\"
+  bitnet run -m microsoft/bitnet-b1.58-2B-4T --chat \"Why is the sky blue?\"
   bitnet info -m models/bitnet-2b.gguf
   bitnet tokenize --json \"Hello\""
 )]
@@ -73,6 +77,12 @@ pub enum Command {
     Detokenize(DetokenizeArgs),
     /// Turn a text into one vector, with an embedding model
     Embed(EmbedArgs),
+    /// Fetch a model from the Hugging Face hub
+    Pull(PullArgs),
+    /// List the models that have been fetched
+    List(ListArgs),
+    /// Remove a model that has been fetched
+    Rm(RmArgs),
     /// Write a model as a .bitnet file, which starts at once
     Convert(ConvertArgs),
     /// Describe a model without loading its weights
@@ -98,7 +108,7 @@ pub enum Command {
 /// A model by itself.
 #[derive(Debug, Args)]
 pub struct ModelName {
-    /// `tiny` (built in), a checkpoint folder, or a .gguf or .bitnet file
+    /// `tiny` (built in), a checkpoint folder, a .gguf or .bitnet file, or org/name on the hub
     #[arg(short, long, value_name = "MODEL", default_value = "tiny")]
     #[arg(value_parser = NonEmptyStringValueParser::new())]
     pub model: String,

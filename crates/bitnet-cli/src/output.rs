@@ -30,12 +30,18 @@ pub fn end_of_text() -> io::Result<()> {
     stdout.flush()
 }
 
-/// Ends the line of running text if there is one, then calls `then` before anyone else can write.
+/// Whether a bar is on the last line of the terminal.
+static BAR_IS_SHOWN: AtomicBool = AtomicBool::new(false);
+
+/// Ends the line of running text, or of a bar, if there is one, then calls `then` before anyone else can write.
 /// For interrupts: what goes wrong is of no interest.
 pub fn end_open_line(then: impl FnOnce()) {
     let mut stdout = io::stdout().lock();
     if LINE_IS_OPEN.swap(false, Ordering::Relaxed) {
         let _ = stdout.write_all(b"\n").and_then(|()| stdout.flush());
+    }
+    if BAR_IS_SHOWN.swap(false, Ordering::Relaxed) {
+        let _ = writeln!(io::stderr());
     }
     then();
 }
@@ -80,13 +86,21 @@ impl Messages {
         }
     }
 
+    /// A bar for bytes of which `there` need not come any more. Only where somebody may be watching.
+    pub fn byte_bar(&self, there: u64) -> ByteBar {
+        let style = "{msg} {wide_bar} {decimal_bytes} of {decimal_total_bytes} \
+                     {decimal_bytes_per_sec} {eta} left";
+        let style = ProgressStyle::with_template(style).expect("a template without mistakes");
+        // The rate is that of what comes.
+        let bar = ProgressBar::with_draw_target(None, self.bar_target()).with_position(there);
+        bar.set_style(style.progress_chars("=> "));
+        BAR_IS_SHOWN.store(!bar.is_hidden(), Ordering::Relaxed);
+        ByteBar(bar)
+    }
+
     /// A bar of how much is done of `total` things that are called `unit`, with their rate and the
     /// remaining time; drawn only where somebody may be watching. What its message says stands last.
     pub fn bar(&self, total: u64, unit: &str) -> ProgressBar {
-        let target = match self.quiet {
-            true => ProgressDrawTarget::hidden(),
-            false => ProgressDrawTarget::stderr(),
-        };
         let template =
             format!("{{bar:16}} {{pos}}/{{len}} {unit}, {{rate}}/s, {{eta}} left{{msg}}");
         let rate = |state: &ProgressState, text: &mut dyn std::fmt::Write| {
@@ -94,7 +108,14 @@ impl Messages {
         };
         let style = ProgressStyle::with_template(&template).expect("a template without mistakes");
         let style = style.with_key("rate", rate);
-        ProgressBar::with_draw_target(Some(total), target).with_style(style)
+        ProgressBar::with_draw_target(Some(total), self.bar_target()).with_style(style)
+    }
+
+    fn bar_target(&self) -> ProgressDrawTarget {
+        match self.quiet {
+            true => ProgressDrawTarget::hidden(),
+            false => ProgressDrawTarget::stderr(),
+        }
     }
 
     /// Lines that were asked for beside the result.
@@ -107,6 +128,34 @@ impl Messages {
         if !self.quiet {
             let _ = writeln!(io::stderr(), "{}", painted(DIM, text));
         }
+    }
+}
+
+/// How many bytes have come, how fast, and how long it will take. It goes away when it is dropped.
+pub struct ByteBar(ProgressBar);
+
+impl ByteBar {
+    /// How far it is, and with what.
+    pub fn show(&self, name: &str, bytes: u64, all: u64) {
+        if self.0.message() != name {
+            self.0.set_message(name.to_owned());
+        }
+        if self.0.length() != Some(all) {
+            self.0.set_length(all);
+        }
+        self.0.set_position(bytes);
+    }
+
+    /// Does something that writes lines, above the bar.
+    pub fn above(&self, write: impl FnOnce()) {
+        self.0.suspend(write);
+    }
+}
+
+impl Drop for ByteBar {
+    fn drop(&mut self) {
+        self.0.finish_and_clear();
+        BAR_IS_SHOWN.store(false, Ordering::Relaxed);
     }
 }
 

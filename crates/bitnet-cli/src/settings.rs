@@ -223,8 +223,6 @@ impl Settings {
             }
         }
         command.mut_args(|argument| match defaults.remove(argument.get_id().as_str()) {
-            // A switch that is off is one without a default.
-            Some(values) if is_switch(&argument) && values == ["false"] => argument,
             Some(values) => argument.default_values(values),
             None => argument,
         })

@@ -6,7 +6,7 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 17] = [
+const COMMANDS: [&str; 20] = [
     "run",
     "chat",
     "batch",
@@ -14,6 +14,9 @@ const COMMANDS: [&str; 17] = [
     "tokenize",
     "detokenize",
     "embed",
+    "pull",
+    "list",
+    "rm",
     "convert",
     "info",
     "devices",

@@ -34,6 +34,8 @@ pub use benchmark::{Benchmark, benchmark};
 pub use bitnet_core::backend::KvType;
 pub use bitnet_core::{Device, WeightBytes};
 pub use bitnet_model::chat::Message;
+#[cfg(feature = "hub")]
+pub use bitnet_model::hub;
 pub use bitnet_model::weights::LoadProgress;
 pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
 pub use chat_window::ChatWindow;

@@ -42,6 +42,10 @@ pub enum Error {
         /// The model.
         path: PathBuf,
     },
+    /// A model of the hub that cannot be had.
+    #[cfg(feature = "hub")]
+    #[error(transparent)]
+    Hub(#[from] crate::hub::HubError),
     /// A failure below: mapping, memory, tensor sizes.
     #[error(transparent)]
     Core(#[from] bitnet_core::Error),

@@ -8,6 +8,8 @@ pub mod convert;
 pub mod decoder;
 pub mod error;
 pub mod formats;
+#[cfg(feature = "hub")]
+pub mod hub;
 mod known;
 mod pipeline;
 pub mod shapes;

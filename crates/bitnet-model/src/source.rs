@@ -1,5 +1,6 @@
 //! From what a user calls a model to its tensors and description: the built-in model, a Hugging
-//! Face directory, a GGUF file, or a native file.
+//! Face directory, a GGUF file, or a native file; with the feature `hub` also the name of a model that is in
+//! the cache of the Hugging Face hub.
 
 use std::collections::BTreeSet;
 use std::fs;
@@ -48,7 +49,8 @@ pub struct Checkpoint {
     pub tensors: Tensors,
 }
 
-/// Opens `model`: `tiny`, a directory, or a file.
+/// Opens `model`: `tiny`, a directory, or a file; with the feature `hub` also `org/name[@revision][:FILE]`, which
+/// is looked up in the cache. Nothing is downloaded: [`hub::fetch`](crate::hub::fetch) does that.
 pub fn open(model: &str) -> Result<Checkpoint, Error> {
     if model == TINY {
         return open_tiny();
@@ -70,6 +72,10 @@ pub fn verify_checksums(model: &str) -> Result<usize, Error> {
 fn the_file(model: &str) -> Result<PathBuf, Error> {
     let path = Path::new(model);
     if !path.exists() {
+        #[cfg(feature = "hub")]
+        if let Some(name) = crate::hub::HubName::parse(model) {
+            return Ok(crate::hub::cached(&name)?);
+        }
         return Err(Error::file(
             path,
             "no such file or directory; give the folder of a Hugging Face checkpoint, a .gguf \
@@ -104,6 +110,19 @@ fn native_files(folder: &Path) -> Result<Vec<PathBuf>, Error> {
     }
     Ok(files)
 }
+
+/// The names of the files that [`Sidecars`] holds. Of the two vocabularies the first that is there is read.
+#[cfg(feature = "hub")]
+pub(crate) const SIDECAR_FILES: [&str; 8] = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    POOLING_FILE,
+];
 
 /// The files of a Hugging Face checkpoint besides its weights, as bytes.
 #[derive(Debug, Clone, Copy)]
@@ -281,6 +300,32 @@ fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value, Error> {
         .map_err(|error| Error::file(path, format!("is not valid JSON: {error}")))
 }
 
+/// `architectures` of a `config.json`.
+fn classes(config: &Value) -> Vec<&str> {
+    let classes = config.get("architectures").and_then(Value::as_array);
+    classes.into_iter().flatten().filter_map(Value::as_str).collect()
+}
+
+/// Whether a checkpoint in a folder, or the weights in a file, have an architecture that is read.
+#[cfg(feature = "hub")]
+pub(crate) fn has_known_architecture(path: &Path) -> bool {
+    let is_called = |name: &str| path.extension().is_some_and(|e| e.eq_ignore_ascii_case(name));
+    if is_called(native::EXTENSION) {
+        return true;
+    }
+    if is_called("gguf") {
+        let name = gguf::read(path).ok().and_then(|file| {
+            let name: Option<&str> = file.metadata.get("general.architecture").ok()?;
+            name.map(str::to_owned)
+        });
+        return name.is_some_and(|name| arch::for_gguf(&name).is_some());
+    }
+    let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+    let config = fs::read(folder.join("config.json")).ok();
+    let json = config.and_then(|bytes| serde_json::from_slice::<Value>(&bytes).ok());
+    json.is_some_and(|json| classes(&json).iter().any(|class| arch::for_class(class).is_some()))
+}
+
 /// Puts a Hugging Face checkpoint together. `format` is what people are told about its weights.
 pub fn describe(
     files: Sidecars<'_>,
@@ -290,11 +335,7 @@ pub fn describe(
     let mut notes = Vec::new();
     let config_path = files.path.join("config.json");
     let json = parse_json(&config_path, files.config)?;
-    let classes: Vec<&str> = json
-        .get("architectures")
-        .and_then(Value::as_array)
-        .map(|classes| classes.iter().filter_map(Value::as_str).collect())
-        .unwrap_or_default();
+    let classes = classes(&json);
     let Some(architecture) = classes.iter().find_map(|class| arch::for_class(class)) else {
         return Err(Error::file(
             &config_path,

@@ -3,6 +3,7 @@
 
 pub mod conformance;
 pub mod golden;
+pub mod hub;
 mod random;
 
 pub use random::Random;

@@ -20,6 +20,7 @@ pub fn run(args: ConvertArgs, messages: &Messages) -> Result<()> {
     let started = Instant::now();
     let load = super::load_options(&args.file);
     let path = Path::new(&args.output);
+    super::pull::fetch(&args.input, messages)?;
     let checkpoint = source::open(&args.input)?;
     match args.to {
         TargetFormat::Bitnet => convert::to_native(&checkpoint, path, load, |done, all| {

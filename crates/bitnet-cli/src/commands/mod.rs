@@ -13,10 +13,13 @@ mod embed;
 mod eval;
 mod generation;
 mod info;
+mod list;
 mod logits;
 mod man;
 mod perplexity;
 mod profile;
+mod pull;
+mod rm;
 mod run;
 mod tokenize;
 
@@ -29,6 +32,7 @@ use bitnet_core::Device;
 use bitnet_core::backend::{ActivationPrecision, KvType};
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::chat::ChatTemplate;
+use bitnet_model::hub::HubName;
 use bitnet_model::source::Description;
 use bitnet_model::weights::LoadOptions;
 use bitnet_quant::packing::i2_s::I2sLayout;
@@ -73,6 +77,9 @@ pub fn run(command: Command, settings: &Settings, messages: &Messages) -> Result
         Command::Tokenize(args) => tokenize::run(args, messages),
         Command::Detokenize(args) => detokenize::run(args, messages),
         Command::Embed(args) => embed::run(args, messages),
+        Command::Pull(args) => pull::run(args, messages),
+        Command::List(args) => list::run(args, messages),
+        Command::Rm(args) => rm::run(args, messages),
         Command::Convert(args) => convert::run(args, messages),
         Command::Info(args) => info::run(args),
         Command::Devices(args) => devices::run(args),
@@ -117,12 +124,24 @@ fn load_options(args: &FileArgs) -> LoadOptions {
     LoadOptions { i2s_layout, precision, ..LoadOptions::default() }
 }
 
+/// The name of a model on the hub.
+fn hub_name(text: &str) -> Result<HubName, WrongUsage> {
+    let refused = || {
+        WrongUsage(format!(
+            "`{text}` is not the name of a model on the hub: give org/name, org/name@REVISION or \
+             org/name:FILE"
+        ))
+    };
+    HubName::parse(text).ok_or_else(refused)
+}
+
 /// Loads a model to run it.
 fn load(args: &ModelArgs, messages: &Messages) -> Result<Model> {
     open(&args.name.model, &model_options(args), messages)
 }
 
 fn open(name: &str, options: &ModelOptions, messages: &Messages) -> Result<Model> {
+    pull::fetch(name, messages)?;
     let model = Model::open(name, options)?;
     show_notes(model.description(), messages);
     Ok(model)

@@ -20,6 +20,31 @@ pub struct Outcome {
     pub stderr: String,
 }
 
+impl Outcome {
+    /// Of a command that has not been started.
+    pub fn of(mut command: Command) -> Self {
+        from_output(command.output().expect("the program starts"))
+    }
+}
+
+/// What would lead to a hub, a cache or an account of whoever runs the tests.
+const HUB_VARIABLES: [&str; 14] = [
+    "HF_ENDPOINT",
+    "HF_TOKEN",
+    "HUGGING_FACE_HUB_TOKEN",
+    "HF_TOKEN_PATH",
+    "HF_HUB_CACHE",
+    "HUGGINGFACE_HUB_CACHE",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN",
+    "HF_HUB_DOWNLOAD_TIMEOUT",
+    "ALL_PROXY",
+    "all_proxy",
+    "HTTPS_PROXY",
+    "https_proxy",
+    "HTTP_PROXY",
+    "http_proxy",
+];
+
 /// A fresh folder to run the program in.
 pub struct Folder(TempDir);
 
@@ -51,17 +76,22 @@ impl Folder {
         copy
     }
 
-    /// The program with these arguments, not yet started.
+    /// The program with these arguments, not yet started. It does not know who runs the tests: neither the
+    /// network nor a cache of models.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_bitnet"));
         command.current_dir(self.0.path()).args(arguments).stdin(Stdio::null());
+        for variable in HUB_VARIABLES {
+            command.env_remove(variable);
+        }
+        command.env("HF_HUB_OFFLINE", "1").env("HF_HOME", self.path("hf"));
         // Whoever runs the tests may have defaults of their own.
         command.env("BITNET_CONFIG", "");
         command
     }
 
     pub fn run(&self, arguments: &[&str]) -> Outcome {
-        outcome(self.command(arguments))
+        Outcome::of(self.command(arguments))
     }
 
     pub fn run_with_input(&self, arguments: &[&str], input: &[u8]) -> Outcome {
@@ -105,10 +135,6 @@ pub fn joined(ids: &[u32]) -> String {
 /// The ids in a JSON list.
 pub fn ids(list: &Value) -> Vec<u32> {
     serde_json::from_value(list.clone()).expect("a list of ids")
-}
-
-fn outcome(mut command: Command) -> Outcome {
-    from_output(command.output().expect("the program starts"))
 }
 
 fn from_output(output: std::process::Output) -> Outcome {

@@ -150,6 +150,12 @@ const CHECKPOINT_FILES: [(&str, ReadFile); 4] = [
     ("pytorch_model.bin.index.json", pickle::read_index),
 ];
 
+/// The names of the files that [`read_checkpoint`] looks for, best first.
+#[cfg(feature = "hub")]
+pub(crate) fn checkpoint_files() -> impl Iterator<Item = &'static str> {
+    CHECKPOINT_FILES.iter().map(|(name, _)| *name)
+}
+
 /// Reads the tensors of a Hugging Face checkpoint: a directory, or one of its files.
 ///
 /// In a directory `model.safetensors` comes first, then its index of shards, then

@@ -114,7 +114,12 @@ impl Earlier {
 }
 
 fn is_regression(row: &Row) -> bool {
-    row.ratio.is_some_and(|ratio| ratio < 1.0 - f64::from(TOLERATED_PERCENT) / 100.0)
+    row.ratio.is_some_and(is_slower)
+}
+
+/// Whether the share of an earlier speed is less than is tolerated.
+fn is_slower(ratio: f64) -> bool {
+    100.0 * ratio < 100.0 - f64::from(TOLERATED_PERCENT)
 }
 
 impl ComparedWith {
@@ -143,5 +148,15 @@ impl ComparedWith {
     pub fn sentence(&self) -> String {
         let ComparedWith { file, version, date } = self;
         format!("compared with {file}: bitnet {version}, {date}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn five_percent_are_tolerated() {
+        assert_eq!([0.9499, 0.95, 1.0, 2.0].map(is_slower), [true, false, false, false]);
     }
 }

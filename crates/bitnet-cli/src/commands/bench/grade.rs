@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::report::MachineFacts;
 use crate::args::{BenchArgs, BenchFormat};
-use crate::commands::WrongUsage;
+use crate::commands::{WrongUsage, pull};
 use crate::output::{self, Messages};
 
 /// What every model is asked to continue.
@@ -99,6 +99,7 @@ pub fn run(args: &BenchArgs, messages: &Messages) -> Result<()> {
     if matches!(args.format, BenchFormat::Csv | BenchFormat::Md) {
         return Err(WrongUsage("--grade prints --format table or json".to_owned()).into());
     }
+    pull::fetch(&args.model.model, messages)?;
     messages.summary(&format!("measuring {} and this machine", args.model.model));
     let benchmark = benchmark(&args.model.model, PROMPT, REQUESTS * usize::from(args.reps))?;
     let mut machine = MachineFacts::collect();

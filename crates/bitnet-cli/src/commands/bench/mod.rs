@@ -29,7 +29,10 @@ pub fn run(args: BenchArgs, messages: &Messages) -> Result<()> {
     }
     let options = session_options(args.kv_type);
     let weights = match &args.shape {
-        None => Weights::of_model(&args.model.model)?,
+        None => {
+            super::pull::fetch(&args.model.model, messages)?;
+            Weights::of_model(&args.model.model)?
+        }
         Some(name) => {
             let shape = Shape::named(name).expect("the flag takes names of shapes");
             if args.gate_sparsity.is_some() && !shape.has_relu2() {
