@@ -3,14 +3,18 @@
 //! What the flags mean is said where they are used, in [`commands`](crate::commands): a file that
 //! is to be read is a path here and a prompt there.
 
+mod batch;
 mod bench;
+mod chat;
 mod config;
 mod convert;
 mod eval;
 mod hub;
 mod perplexity;
 
+pub use batch::{BatchArgs, InputFormat, OutputFormat};
 pub use bench::{BenchArgs, BenchFormat};
+pub use chat::ChatArgs;
 pub use config::ConfigArgs;
 pub use convert::{ConvertArgs, HeadChoice, PackingChoice, TargetFormat};
 pub use eval::EvalArgs;
@@ -63,6 +67,10 @@ pub struct Cli {
 pub enum Command {
     /// Continue a text, or answer a message with --chat
     Run(RunArgs),
+    /// Talk to a model
+    Chat(ChatArgs),
+    /// Run every row of a file through a model
+    Batch(BatchArgs),
     /// Show the model's scores for the token that comes next
     Logits(LogitsArgs),
     /// Turn text into token ids
@@ -237,6 +245,10 @@ pub struct RunArgs {
     #[command(flatten)]
     pub sampling: SamplingArgs,
 
+    /// Report log-probabilities of each token and of the N most probable ones
+    #[arg(long, help_heading = "Sampling", value_name = "N", requires = "json")]
+    pub logprobs: Option<usize>,
+
     #[command(flatten)]
     pub constraint: ConstraintArgs,
 }
@@ -301,10 +313,6 @@ pub struct SamplingArgs {
     /// Seed of the random numbers: the same seed gives the same text
     #[arg(long, value_name = "S", default_value_t = 0)]
     pub seed: u64,
-
-    /// Report log-probabilities of each token and of the N most probable ones
-    #[arg(long, value_name = "N", requires = "json")]
-    pub logprobs: Option<usize>,
 }
 
 #[derive(Debug, Args)]

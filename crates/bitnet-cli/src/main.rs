@@ -3,7 +3,9 @@
 
 mod args;
 mod commands;
+mod files;
 mod hints;
+mod interrupt;
 mod log;
 mod output;
 mod settings;
@@ -25,7 +27,7 @@ use settings::Settings;
 const FAILURE: u8 = 1;
 const WRONG_USAGE: u8 = 2;
 /// 128 and the number of SIGINT, as shells have it.
-const INTERRUPTED: i32 = 130;
+const INTERRUPTED: u8 = 130;
 
 const GUIDANCE: &str = "\
 bitnet runs ternary (1.58-bit) language models. A small one is built in, so that
@@ -38,10 +40,10 @@ Then see whether this machine computes as it should, and how fast it is:
   bitnet doctor
   bitnet bench
 
-With a model of your own, see what it is, and let it answer:
+With a model of your own, see what it is, and talk to it:
 
   bitnet info -m FOLDER
-  bitnet run -m FOLDER --chat \"Why is the sky blue?\"
+  bitnet chat -m FOLDER
 
 `bitnet --help` lists every command, `bitnet COMMAND --help` shows its flags and
 examples, `bitnet config --help` says how to keep your own defaults.
@@ -89,8 +91,14 @@ fn main() -> ExitCode {
 fn failed(error: &anyhow::Error, hints: &[String]) -> ExitCode {
     let hints: Vec<&str> = hints.iter().map(String::as_str).collect();
     output::error(&error.to_string(), &hints);
-    let wrong_usage = error.is::<commands::WrongUsage>();
-    ExitCode::from(if wrong_usage { WRONG_USAGE } else { FAILURE })
+    let code = if error.is::<commands::WrongUsage>() {
+        WRONG_USAGE
+    } else if error.is::<commands::Interrupted>() {
+        INTERRUPTED
+    } else {
+        FAILURE
+    };
+    ExitCode::from(code)
 }
 
 /// Where the model that was asked for is not there: what is called nearly the same.
@@ -125,9 +133,12 @@ fn refused(error: &clap::Error) -> ExitCode {
     ExitCode::from(WRONG_USAGE)
 }
 
-/// Ctrl-C leaves the text so far and ends its line. It must work whatever the program is at: loading,
+/// Ctrl-C, unless somebody takes care of it, leaves the text so far and ends its line. It must work whatever the program is at: loading,
 /// reading a prompt, or waiting for a pipe that nobody reads, in which case the line stays open.
 fn interrupted() {
+    if interrupt::request() {
+        return;
+    }
     let (ended, wait) = mpsc::channel();
     thread::spawn(move || {
         output::end_open_line(|| {
@@ -139,5 +150,5 @@ fn interrupted() {
         });
     });
     let _ = wait.recv_timeout(Duration::from_millis(250));
-    std::process::exit(INTERRUPTED);
+    std::process::exit(INTERRUPTED.into());
 }

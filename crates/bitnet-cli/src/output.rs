@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use serde::Serialize;
+use unicode_width::UnicodeWidthStr;
 
 /// Whether the last thing on stdout is text whose line is still open. Changed only by who holds the
 /// lock of stdout, so that an interrupt can tell whether it has to end the line.
@@ -191,6 +192,67 @@ fn printable(message: &str) -> String {
     safe
 }
 
+/// Running text for a terminal: lines end between words, and no character moves the cursor.
+pub struct Wrapping {
+    columns: usize,
+    column: usize,
+    /// The beginning of a word that may have to go into the next line.
+    word: String,
+}
+
+impl Wrapping {
+    /// For the terminal as wide as it is now.
+    pub fn new() -> Self {
+        let width = terminal_size::terminal_size().map(|(width, _)| usize::from(width.0));
+        Self::of(width.unwrap_or(80))
+    }
+
+    fn of(columns: usize) -> Self {
+        Wrapping { columns: columns.max(1), column: 0, word: String::new() }
+    }
+
+    /// What of the text can be shown now.
+    pub fn push(&mut self, text: &str) -> String {
+        let mut shown = String::new();
+        for character in text.chars() {
+            match character {
+                '\n' => {
+                    shown += &self.finish();
+                    shown.push('\n');
+                    self.column = 0;
+                }
+                ' ' | '\t' => {
+                    shown += &self.finish();
+                    // A space after a full line would begin the next one.
+                    if self.column < self.columns {
+                        shown.push(' ');
+                        self.column += 1;
+                    }
+                }
+                character if character.is_control() => {}
+                character => self.word.push(character),
+            }
+        }
+        shown
+    }
+
+    /// The word that was still open.
+    pub fn finish(&mut self) -> String {
+        let word = std::mem::take(&mut self.word);
+        let width = word.width();
+        let breaks = self.column > 0 && self.column + width > self.columns && width > 0;
+        if breaks {
+            self.column = 0;
+        }
+        // Longer words than lines are broken by the terminal. A line that is full stays the current one.
+        self.column = match self.column + width {
+            0 => 0,
+            end => (end - 1) % self.columns + 1,
+        };
+        if breaks { format!("\n{word}") } else { word }
+    }
+}
+
 /// The bytes of a token between quotes, for tables.
 pub fn quoted(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
@@ -227,6 +289,11 @@ pub fn number(value: f64) -> String {
     }
 }
 
+/// A time in milliseconds or seconds.
+pub fn duration(ms: f64) -> String {
+    if ms < 999.5 { format!("{} ms", number(ms)) } else { format!("{} s", number(ms / 1e3)) }
+}
+
 /// A share with two digits that tell.
 pub fn percent(share: f64) -> String {
     let percent = 100.0 * share;
@@ -250,6 +317,26 @@ mod tests {
     }
 
     #[test]
+    fn lines_end_between_words_however_the_text_is_cut() {
+        let text = "one two three\n\nfour 漢字漢字 \x1b[2Jfive";
+        let expected = "one two \nthree\n\nfour \n漢字漢字 \n[2Jfive";
+        for length in 1..text.len() {
+            let mut wrapping = Wrapping::of(9);
+            let mut shown = String::new();
+            let characters: Vec<char> = text.chars().collect();
+            for piece in characters.chunks(length) {
+                shown += &wrapping.push(&piece.iter().collect::<String>());
+            }
+            shown += &wrapping.finish();
+            assert_eq!(shown, expected);
+        }
+        for (columns, expected) in [(3, "abc\nd e"), (4, "abc \nd e"), (5, "abc d\ne")] {
+            let mut wrapping = Wrapping::of(columns);
+            assert_eq!(wrapping.push("abc d e") + &wrapping.finish(), expected);
+        }
+    }
+
+    #[test]
     fn messages_cannot_control_the_terminal() {
         assert_eq!(printable("tensor `\x1b[2J\u{9b}\n`"), "tensor `\\u{1b}[2J\\u{9b}\\n`");
     }
@@ -264,6 +351,7 @@ mod tests {
     fn numbers_have_three_digits() {
         let numbers = [123.4, 99.96, 12.34, 1.234].map(number);
         assert_eq!(numbers, ["123", "100", "12.3", "1.23"]);
+        assert_eq!([2.346, 999.9].map(duration), ["2.35 ms", "1.00 s"]);
         let shares = [0.0, 0.00021, 0.034, 0.5].map(percent);
         assert_eq!(shares, ["0 %", "0.021 %", "3.4 %", "50 %"]);
     }

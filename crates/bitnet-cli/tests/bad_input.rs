@@ -383,7 +383,7 @@ fn wrong_usage_is_one_sentence_with_a_hint_and_status_2() {
 
 #[test]
 fn flags_of_what_is_not_built_are_refused() {
-    for arguments in [&["run", "x", "--draft", "tiny"][..], &["serve"], &["chat"]] {
+    for arguments in [&["run", "x", "--draft", "tiny"][..], &["serve"], &["train"]] {
         let outcome = Folder::new().run(arguments);
         assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""), "{arguments:?}");
     }

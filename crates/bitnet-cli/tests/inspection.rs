@@ -6,8 +6,10 @@ use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use serde_json::Value;
 use support::{Folder, bitnet, json_of, stdout_of};
 
-const COMMANDS: [&str; 18] = [
+const COMMANDS: [&str; 20] = [
     "run",
+    "chat",
+    "batch",
     "logits",
     "tokenize",
     "detokenize",

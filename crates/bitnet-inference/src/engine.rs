@@ -606,6 +606,13 @@ impl Engine {
         answers.recv().map_err(|_| stopped())
     }
 
+    /// Tokens that the prompt and the output of one request may have: as many as the model's context, or
+    /// fewer if the memory for keys and values holds fewer.
+    pub fn most_tokens(&self) -> usize {
+        let (context_length, _) = self.handle.limits;
+        context_length.min(self.handle.kv_tokens)
+    }
+
     /// What the engine has done until now, all replicas together.
     ///
     /// # Errors

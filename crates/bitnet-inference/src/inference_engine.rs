@@ -289,6 +289,25 @@ impl InferenceEngine {
         self.run(Model::open_distributed(model, devices, &options)?).map(drop)
     }
 
+    /// Runs a model that was opened with options of its own, in the place of the one before. The
+    /// builder's settings for loading a model do not touch it.
+    ///
+    /// # Errors
+    /// If it makes no text, or there is too little memory; and as
+    /// [`load_model`](InferenceEngine::load_model) for the draft model.
+    ///
+    /// ```
+    /// use bitnet_inference::{InferenceEngine, Model, ModelOptions};
+    ///
+    /// let options = ModelOptions { threads: Some(1), ..ModelOptions::default() };
+    /// let mut engine = InferenceEngine::new();
+    /// engine.use_model(Model::open("tiny", &options)?)?;
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn use_model(&mut self, model: Model) -> Result<(), Error> {
+        self.run(model).map(drop)
+    }
+
     /// Lets a model take the place of the one before. It is in use by more than this engine if it
     /// has more than one owner.
     pub(crate) fn run(&mut self, model: Model) -> Result<Weak<Model>, Error> {
@@ -306,6 +325,10 @@ impl InferenceEngine {
     /// its weights cannot be loaded.
     pub fn model(&self) -> Result<&Model, Error> {
         Ok(&self.loaded()?.model)
+    }
+
+    pub(crate) fn engine(&self) -> Result<&Engine, Error> {
+        Ok(&self.loaded()?.engine)
     }
 
     fn loaded(&self) -> Result<&Loaded, Error> {

@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod benchmark;
 pub mod builder;
+pub mod chat_window;
 pub mod conversation;
 pub mod engine;
 pub mod error;
@@ -37,6 +38,7 @@ pub use bitnet_model::chat::Message;
 pub use bitnet_model::hub;
 pub use bitnet_model::weights::LoadProgress;
 pub use builder::{InferenceEngineBuilder, MemorySize, OptimizationLevel};
+pub use chat_window::ChatWindow;
 pub use conversation::ConversationError;
 pub use engine::{Engine, EngineOptions, EngineStatistics};
 pub use error::Error;

@@ -243,6 +243,21 @@ impl Model {
         })
     }
 
+    /// Lets conversations be put in another form than the model's own, or in one at all.
+    ///
+    /// ```
+    /// use bitnet_inference::{Model, ModelOptions};
+    /// use bitnet_model::chat::ChatTemplate;
+    ///
+    /// let mut model = Model::open("tiny", &ModelOptions::default())?;
+    /// let lines = "{% for message in messages %}{{ message.content }}\n{% endfor %}";
+    /// model.set_chat_template(ChatTemplate::new(lines)?);
+    /// # Ok::<(), bitnet_inference::Error>(())
+    /// ```
+    pub fn set_chat_template(&mut self, template: ChatTemplate) {
+        self.description.template = Some(template);
+    }
+
     /// Number of token ids.
     pub fn vocab_size(&self) -> usize {
         self.decoder.vocab_size()

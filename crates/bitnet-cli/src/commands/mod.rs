@@ -1,6 +1,8 @@
 //! The commands, one file each: from what was typed to what is printed.
 
+mod batch;
 mod bench;
+mod chat;
 mod completions;
 mod config;
 mod convert;
@@ -9,6 +11,7 @@ mod devices;
 mod doctor;
 mod embed;
 mod eval;
+mod generation;
 mod info;
 mod list;
 mod logits;
@@ -52,10 +55,24 @@ impl std::fmt::Display for WrongUsage {
 
 impl std::error::Error for WrongUsage {}
 
+/// Somebody asked for the end before it came.
+#[derive(Debug)]
+pub struct Interrupted(String);
+
+impl std::fmt::Display for Interrupted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Interrupted {}
+
 /// Runs one command. `settings` have become defaults of its flags already.
 pub fn run(command: Command, settings: &Settings, messages: &Messages) -> Result<()> {
     match command {
         Command::Run(args) => run::run(args, messages),
+        Command::Chat(args) => chat::run(args, messages),
+        Command::Batch(args) => batch::run(args, messages),
         Command::Logits(args) => logits::run(args, messages),
         Command::Tokenize(args) => tokenize::run(args, messages),
         Command::Detokenize(args) => detokenize::run(args, messages),

@@ -4,22 +4,21 @@ use std::collections::BTreeSet;
 use std::ops::ControlFlow;
 use std::path::Path;
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use bitnet_core::machine::physical_cores;
 use bitnet_cpu::ceilings::Ceilings;
 use bitnet_inference::generate::TokenLogprobs;
 use bitnet_inference::{
-    Constraint, FinishReason, GenerateOptions, Generation, Model, ModelOptions, SamplingParams,
-    generate,
+    FinishReason, GenerateOptions, Generation, Model, ModelOptions, SamplingParams, generate,
 };
 use bitnet_model::chat::Message;
 use bitnet_model::tokenizer::Special;
 use serde::Serialize;
 
-use super::WrongUsage;
 use super::profile::Profile;
-use crate::args::{ConstraintArgs, RunArgs, SamplingArgs};
-use crate::output::{self, Messages, number};
+use super::{WrongUsage, generation};
+use crate::args::RunArgs;
+use crate::output::{self, Messages, duration, number};
 
 /// What is to be continued.
 enum Prompt {
@@ -32,19 +31,13 @@ enum Prompt {
 }
 
 pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
-    let sampling = sampling_params(&args.sampling)?;
+    let sampling =
+        SamplingParams { logprobs: args.logprobs, ..generation::sampling_params(&args.sampling)? };
     let prompt = prompt(&args)?;
-    let constraint = constraint(&args.constraint)?;
+    let constraint = generation::constraint(&args.constraint)?;
     let options = ModelOptions { profile: args.profile, ..super::model_options(&args.model) };
     let model = super::load_generator(&args.model.name.model, &options, messages)?;
-    if let Some((id, _)) =
-        args.sampling.logit_bias.iter().find(|(id, _)| *id as usize >= model.vocab_size())
-    {
-        bail!(
-            "--logit-bias: token id {id} does not exist: the model has {} tokens",
-            model.vocab_size()
-        );
-    }
+    generation::check_biases(&sampling, &model)?;
     let prompt_tokens = encode(&prompt, &model)?;
     let end_ids = match args.ignore_eos {
         true => BTreeSet::new(),
@@ -99,7 +92,7 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
             text: &generation.text,
             finish_reason: generation.finish_reason.as_str(),
             timing,
-            logprobs: args.sampling.logprobs.map(|_| logprobs(&generation)),
+            logprobs: args.logprobs.map(|_| logprobs(&generation)),
             profile,
         })?;
     } else if let Some(profile) = profile {
@@ -137,45 +130,6 @@ fn prompt(args: &RunArgs) -> Result<Prompt> {
         true => Prompt::Chat { system: args.system.clone(), user: text },
         false => Prompt::Raw(text),
     })
-}
-
-fn constraint(args: &ConstraintArgs) -> Result<Option<Constraint>> {
-    let ConstraintArgs { json_schema, regex, grammar } = args;
-    Ok(match (json_schema, regex, grammar) {
-        (Some(schema), ..) if schema.trim_start().starts_with('{') => {
-            Some(Constraint::JsonSchema(schema.clone()))
-        }
-        (Some(file), ..) => Some(Constraint::JsonSchema(super::read_text(Path::new(file))?)),
-        (_, Some(regex), _) => Some(Constraint::Regex(regex.clone())),
-        (.., Some(file)) => Some(Constraint::Lark(super::read_text(file)?)),
-        (None, None, None) => None,
-    })
-}
-
-fn sampling_params(args: &SamplingArgs) -> Result<SamplingParams> {
-    let sampling = SamplingParams {
-        logit_bias: args.logit_bias.clone(),
-        repetition_penalty: args.repeat_penalty,
-        presence_penalty: args.presence_penalty,
-        frequency_penalty: args.frequency_penalty,
-        repeat_last_n: None,
-        top_k: args.top_k,
-        temperature: args.temperature,
-        top_p: args.top_p,
-        min_p: args.min_p,
-        typical_p: args.typical,
-        seed: args.seed,
-        logprobs: args.logprobs,
-    };
-    sampling.validate().map_err(|error| {
-        let flag = match error.name {
-            "repetition_penalty" => "repeat-penalty".to_owned(),
-            "typical_p" => "typical".to_owned(),
-            name => name.replace('_', "-"),
-        };
-        WrongUsage(format!("--{flag} is {}: give {}", error.value, error.allowed))
-    })?;
-    Ok(sampling)
 }
 
 fn encode(prompt: &Prompt, model: &Model) -> Result<Vec<u32>> {
@@ -235,10 +189,6 @@ impl Timing {
     }
 }
 
-fn duration(ms: f64) -> String {
-    if ms < 999.5 { format!("{} ms", number(ms)) } else { format!("{} s", number(ms / 1e3)) }
-}
-
 /// What `--json` prints.
 #[derive(Serialize)]
 struct Output<'a> {
@@ -272,15 +222,4 @@ fn logprobs(generation: &Generation) -> Vec<Logprobs> {
         top: entry.top.iter().map(|&(token, logprob)| Logprob { token, logprob }).collect(),
     };
     generation.tokens.iter().zip(&generation.logprobs).map(entry).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn times_have_three_digits() {
-        assert_eq!(duration(2.346), "2.35 ms");
-        assert_eq!(duration(999.9), "1.00 s");
-    }
 }
