@@ -85,7 +85,7 @@ pub enum Command {
     List(ListArgs),
     /// Remove a model that has been fetched
     Rm(RmArgs),
-    /// Write a model in another format: .bitnet, GGUF or Hugging Face
+    /// Write a model in another format: .bitnet, GGUF, ONNX or Hugging Face
     Convert(ConvertArgs),
     /// Describe a model without loading its weights
     Info(InfoArgs),
