@@ -1,6 +1,6 @@
 //! From one format to another.
 //!
-//! A [`Source`] gives the parts of any checkpoint in neutral form, one per thread in memory at a time;
+//! A `Source` gives the parts of any checkpoint in neutral form, one per thread in memory at a time;
 //! each format has a file here that writes them, and a [`Target`] that asks for it.
 
 mod gguf;

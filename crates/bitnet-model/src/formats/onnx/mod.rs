@@ -4,7 +4,7 @@
 //! Only weights are read. Initializers that bear the names of a module's parameters are taken as
 //! they are. Exporters rename the others: torch stores the constant of a linear layer the other way
 //! round as `onnx::MatMul_123`, and quantised ones are packed for `MatMulNBits`. These are found by
-//! the operation that uses them ([`modules`]), whose name tells its module.
+//! the operation that uses them (`modules.rs`), whose name tells its module.
 
 mod modules;
 mod packed;
