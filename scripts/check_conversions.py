@@ -33,7 +33,7 @@ TINY = ROOT / "models" / "tiny"
 CLIENTS = {
     "gguf": ["gguf==0.19.0", "numpy"],
     "llama-cpp": ["llama-cpp-python==0.3.36", "numpy"],
-    "transformers": ["torch==2.9.1", "transformers==5.23.0", "safetensors==0.8.0", "numpy"],
+    "transformers": ["torch==2.9.1", "transformers==5.23.0", "accelerate==1.15.0", "safetensors==0.8.0", "numpy"],
 }
 
 
