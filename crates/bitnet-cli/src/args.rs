@@ -85,7 +85,7 @@ pub enum Command {
     List(ListArgs),
     /// Remove a model that has been fetched
     Rm(RmArgs),
-    /// Write a model in another format: .bitnet, GGUF, ONNX or Hugging Face
+    /// Write a model as .bitnet, GGUF, ONNX or Hugging Face files
     Convert(ConvertArgs),
     /// Describe a model without loading its weights
     Info(InfoArgs),
