@@ -9,13 +9,10 @@ library, `--bitnet PROGRAM` or target/release/bitnet, and 9 GB of disk (24 GB wi
 import argparse
 import json
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import measure_load
-from measure_load import ROOT, anonymous_bytes
+from measure_load import ROOT, peak
 
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, KV_HEADS, VOCABULARY = 4096, 14336, 32, 32, 8, 128256
 
@@ -51,18 +48,10 @@ CONFIG = {
 
 
 def measure(bitnet: Path, source: Path, target: Path, *flags: str) -> None:
-    start = time.monotonic()
-    process = subprocess.Popen([bitnet, "convert", source, target, "--quiet", *flags])
-    peak = 0
-    while process.poll() is None:
-        peak = max(peak, anonymous_bytes(process.pid))
-        time.sleep(0.002)
-    seconds = time.monotonic() - start
-    if process.returncode:
-        sys.exit(f"bitnet failed with exit code {process.returncode}")
+    seconds, most = peak([bitnet, "convert", source, target, "--quiet", *flags])
     files = [target] if target.is_file() else list(target.iterdir())
     size = sum(file.stat().st_size for file in files)
-    print(f"{target.name}: {size / 1e9:.2f} GB in {seconds:.1f} s, peak anonymous memory {peak / 1e6:.0f} MB")
+    print(f"{target.name}: {size / 1e9:.2f} GB in {seconds:.1f} s, peak anonymous memory {most / 1e6:.0f} MB")
     shutil.rmtree(target) if target.is_dir() else target.unlink()
 
 

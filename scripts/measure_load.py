@@ -100,19 +100,25 @@ def anonymous_bytes(pid: int) -> int:
     return 0
 
 
+def peak(command: list, **options) -> tuple:
+    """Runs a program; its seconds and the most anonymous memory that it had."""
+    start = time.monotonic()
+    process = subprocess.Popen(command, **options)
+    most = 0
+    while process.poll() is None:
+        most = max(most, anonymous_bytes(process.pid))
+        time.sleep(0.001)
+    seconds = time.monotonic() - start
+    if process.returncode:
+        sys.exit(f"bitnet failed with exit code {process.returncode}")
+    return seconds, most
+
+
 def measure(name: str, command: list, packed: int) -> None:
     for attempt in range(3):
-        start = time.monotonic()
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        peak = 0
-        while process.poll() is None:
-            peak = max(peak, anonymous_bytes(process.pid))
-            time.sleep(0.001)
-        seconds = time.monotonic() - start
-        if process.returncode:
-            sys.exit(f"bitnet failed with exit code {process.returncode}")
-        print(f"{name}, run {attempt + 1}: {seconds:.2f} s, peak anonymous memory {peak / 1e6:.1f} MB, "
-              f"of which beyond the weights in memory {(peak - packed) / 1e6:.1f} MB")
+        seconds, most = peak(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        print(f"{name}, run {attempt + 1}: {seconds:.2f} s, peak anonymous memory {most / 1e6:.1f} MB, "
+              f"of which beyond the weights in memory {(most - packed) / 1e6:.1f} MB")
 
 
 def main() -> None:

@@ -152,6 +152,31 @@ pub struct FileArgs {
     pub activations: Option<ActivationsChoice>,
 }
 
+/// How a model that is going to read keeps what it has read.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Model")]
+pub struct KvArgs {
+    /// Storage of keys and values; f32 is exact, the others approximate
+    #[arg(long, value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
+    pub kv_type: KvTypeChoice,
+}
+
+/// How long an output may become.
+#[derive(Debug, Args)]
+pub struct LengthArgs {
+    /// Most tokens to generate
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
+    pub max_tokens: usize,
+
+    /// Stop before this text; may be given more than once
+    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
+    pub stop: Vec<String>,
+
+    /// Go on after an end token
+    #[arg(long)]
+    pub ignore_eos: bool,
+}
+
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DeviceChoice {
     Cpu,
@@ -207,9 +232,8 @@ pub struct RunArgs {
     #[arg(long, value_name = "IDS", value_delimiter = ',', value_parser = token_id)]
     pub tokens: Option<Vec<u32>>,
 
-    /// Most tokens to generate
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
-    pub max_tokens: usize,
+    #[command(flatten)]
+    pub length: LengthArgs,
 
     /// Put the prompt into the model's chat template as the user's message
     #[arg(long, conflicts_with = "tokens")]
@@ -218,14 +242,6 @@ pub struct RunArgs {
     /// System message before the user's
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
-
-    /// Stop before this text; may be given more than once
-    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
-    pub stop: Vec<String>,
-
-    /// Go on after an end token
-    #[arg(long)]
-    pub ignore_eos: bool,
 
     /// Report the time, the bytes and the bound of each kind of operation
     #[arg(long)]
@@ -238,9 +254,8 @@ pub struct RunArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
+    #[command(flatten)]
+    pub kv: KvArgs,
 
     #[command(flatten)]
     pub sampling: SamplingArgs,
@@ -337,9 +352,8 @@ pub struct LogitsArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
+    #[command(flatten)]
+    pub kv: KvArgs,
 }
 
 #[derive(Debug, Args)]
@@ -425,9 +439,8 @@ pub struct EmbedArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
+    #[command(flatten)]
+    pub kv: KvArgs,
 }
 
 #[derive(Debug, Args)]

@@ -7,14 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
-use support::{Folder, Outcome};
-
-#[track_caller]
-fn refused(outcome: Outcome, code: i32, sentence: &str) {
-    let expected =
-        Outcome { code: Some(code), stdout: String::new(), stderr: format!("error: {sentence}\n") };
-    assert_eq!(outcome, expected);
-}
+use support::{Folder, refused};
 
 fn edit_json(path: &Path, edit: impl FnOnce(&mut Value)) {
     let mut value = serde_json::from_slice(&fs::read(path).unwrap()).unwrap();

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use parquet::file::reader::{FileReader, SerializedFileReader};
 use parquet::record::Field;
 use serde_json::{Value, json};
-use support::{Folder, Outcome, json_of};
+use support::{Folder, Outcome, json_of, refused};
 
 const PROMPTS: [&str; 4] = ["Once upon a time", "The little dog", "One day, Lily", "Tom and Sam"];
 
@@ -28,13 +28,6 @@ fn read(folder: &Folder, name: &str) -> String {
 
 fn json_lines(text: &str) -> Vec<Value> {
     text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
-}
-
-#[track_caller]
-fn refused(outcome: Outcome, code: i32, sentence: &str) {
-    let expected =
-        Outcome { code: Some(code), stdout: String::new(), stderr: format!("error: {sentence}\n") };
-    assert_eq!(outcome, expected);
 }
 
 #[test]

@@ -4,20 +4,13 @@ mod support;
 
 use std::fs;
 
-use support::{Folder, Outcome, stdout_of};
+use support::{Folder, Outcome, refused, stdout_of};
 
 #[track_caller]
 fn succeeds(folder: &Folder, arguments: &[&str]) -> Outcome {
     let outcome = folder.run(arguments);
     assert_eq!(outcome.code, Some(0), "{arguments:?}: {}", outcome.stderr);
     outcome
-}
-
-#[track_caller]
-fn refused(outcome: Outcome, code: i32, sentence: &str) {
-    let expected =
-        Outcome { code: Some(code), stdout: String::new(), stderr: format!("error: {sentence}\n") };
-    assert_eq!(outcome, expected);
 }
 
 #[test]

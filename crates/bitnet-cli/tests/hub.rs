@@ -11,7 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use bitnet_testing::hub::{Fault, HubEmulator};
-use bitnet_testing::{Random, tiny_model};
+use bitnet_testing::{Random, folder_contents, tiny_model};
 use serde_json::Value;
 use support::{Folder, Outcome, stdout_of};
 
@@ -48,22 +48,7 @@ fn refusal(command: Command, code: i32) -> String {
 
 /// All files and links of the cache.
 fn contents(folder: &Folder) -> BTreeMap<String, Vec<u8>> {
-    fn gather(folder: &Path, prefix: &str, into: &mut BTreeMap<String, Vec<u8>>) {
-        for entry in fs::read_dir(folder).unwrap() {
-            let path = entry.unwrap().path();
-            let name = format!("{prefix}/{}", path.file_name().unwrap().to_string_lossy());
-            if let Ok(target) = fs::read_link(&path) {
-                into.insert(name, target.to_string_lossy().into_owned().into_bytes());
-            } else if path.is_dir() {
-                gather(&path, &name, into);
-            } else {
-                into.insert(name, fs::read(&path).unwrap());
-            }
-        }
-    }
-    let mut contents = BTreeMap::new();
-    gather(&folder.path("hf/hub"), "", &mut contents);
-    contents
+    folder_contents(&folder.path("hf/hub"))
 }
 
 /// What an undisturbed `pull` leaves.

@@ -12,13 +12,12 @@ use bitnet_model::Error;
 use bitnet_model::convert::{self, Options, Target};
 use bitnet_model::source::{self, Checkpoint, TINY};
 use bitnet_model::tokenizer::Special;
-use bitnet_model::weights::{self, LoadOptions};
 use bitnet_testing::golden::{
     EMBEDDERS, GENERATORS, GGUF, RANDOM, RANDOM_GGUF, TRAINED, TRAINED_GGUF, deviation,
     largest_difference,
 };
 use bitnet_testing::{golden, shared_data};
-use support::all_logits;
+use support::{all_logits, load_checkpoint};
 
 const fn gguf(packing: DType) -> Target {
     Target::Gguf { packing, head: None }
@@ -45,15 +44,11 @@ fn open(path: &Path) -> Checkpoint {
 }
 
 fn logits(checkpoint: &Checkpoint) -> Vec<Vec<f32>> {
-    let decoder = weights::load(
+    let decoder = load_checkpoint(
         CpuBackend::new(CpuOptions::default()).unwrap(),
-        &checkpoint.description.path,
-        &checkpoint.description.config,
-        &checkpoint.tensors,
-        LoadOptions::default(),
+        checkpoint,
         &mut Vec::new(),
-    )
-    .unwrap();
+    );
     let ids: Vec<u32> = (0..12).map(|i| i * 37 % decoder.vocab_size() as u32).collect();
     all_logits(&decoder, &ids)
 }

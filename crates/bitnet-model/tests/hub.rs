@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use bitnet_model::hub::{FetchProgress, FetchState, Hub, HubError, HubName, Pulled};
 use bitnet_model::source;
 use bitnet_testing::hub::{Asked, Fault, HubEmulator};
-use bitnet_testing::{golden, tiny_model};
+use bitnet_testing::{folder_contents, golden, tiny_model};
 use tempfile::TempDir;
 
 const NAME: &str = "org/story";
@@ -59,21 +59,7 @@ impl Setting {
 
     /// The contents of the cache without locks: links as what they say, files as what is in them.
     fn contents(&self) -> BTreeMap<String, Vec<u8>> {
-        fn gather(folder: &Path, prefix: &str, into: &mut BTreeMap<String, Vec<u8>>) {
-            for entry in fs::read_dir(folder).unwrap() {
-                let path = entry.unwrap().path();
-                let name = format!("{prefix}/{}", path.file_name().unwrap().to_string_lossy());
-                if let Ok(target) = fs::read_link(&path) {
-                    into.insert(name, target.to_string_lossy().into_owned().into_bytes());
-                } else if path.is_dir() {
-                    gather(&path, &name, into);
-                } else {
-                    into.insert(name, fs::read(&path).unwrap());
-                }
-            }
-        }
-        let mut contents = BTreeMap::new();
-        gather(&self.hub().cache, "", &mut contents);
+        let mut contents = folder_contents(&self.hub().cache);
         contents.retain(|name, _| !name.starts_with("/.locks"));
         contents
     }

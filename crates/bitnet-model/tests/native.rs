@@ -18,7 +18,7 @@ use bitnet_testing::golden::{
 };
 use bitnet_testing::{golden, shared_data};
 use safetensors::SafeTensors;
-use support::all_logits;
+use support::{all_logits, load_checkpoint};
 
 /// What tokenizers stumble over: spaces, scripts, digits, line ends, names of tokens.
 const TEXTS: [&str; 7] = [
@@ -56,15 +56,8 @@ fn write_tiny(folder: &Path) -> PathBuf {
 /// The bits of the logits of each position, and the notes of loading.
 fn results(checkpoint: &Checkpoint) -> (Vec<Vec<u32>>, Vec<String>) {
     let mut notes = checkpoint.description.notes.clone();
-    let decoder = weights::load(
-        CpuBackend::new(CpuOptions::default()).unwrap(),
-        &checkpoint.description.path,
-        &checkpoint.description.config,
-        &checkpoint.tensors,
-        LoadOptions::default(),
-        &mut notes,
-    )
-    .unwrap();
+    let decoder =
+        load_checkpoint(CpuBackend::new(CpuOptions::default()).unwrap(), checkpoint, &mut notes);
     let ids: Vec<u32> = (0..12).map(|i| i * 37 % decoder.vocab_size() as u32).collect();
     let bits = |row: Vec<f32>| row.into_iter().map(f32::to_bits).collect();
     (all_logits(&decoder, &ids).into_iter().map(bits).collect(), notes)

@@ -13,11 +13,10 @@ use bitnet_cpu::{CpuBackend, CpuOptions};
 use bitnet_model::convert::{self, Options, Target};
 use bitnet_model::formats::{Tensors, onnx, safetensors};
 use bitnet_model::source::{self, Sidecars, TINY, Vocabulary};
-use bitnet_model::weights::{self, LoadOptions};
 use bitnet_testing::golden;
 use bitnet_testing::golden::deviation;
 use half::f16;
-use support::{all_logits, assert_near};
+use support::{all_logits, assert_near, load_checkpoint};
 
 fn read(
     path: &Path,
@@ -76,15 +75,7 @@ fn an_export_by_torch_s_newer_exporter_computes_what_transformers_does() {
 }
 
 fn load(checkpoint: &source::Checkpoint) -> bitnet_model::decoder::Decoder<CpuBackend> {
-    weights::load(
-        CpuBackend::new(CpuOptions::default()).unwrap(),
-        &checkpoint.description.path,
-        &checkpoint.description.config,
-        &checkpoint.tensors,
-        LoadOptions::default(),
-        &mut Vec::new(),
-    )
-    .unwrap()
+    load_checkpoint(CpuBackend::new(CpuOptions::default()).unwrap(), checkpoint, &mut Vec::new())
 }
 
 #[test]

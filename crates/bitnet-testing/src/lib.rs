@@ -8,6 +8,7 @@ mod random;
 
 pub use random::Random;
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -36,6 +37,30 @@ pub fn golden(path: &str) -> Option<PathBuf> {
 /// The folder of the model that is built into the program.
 pub fn tiny_model() -> PathBuf {
     workspace_root().join("models/tiny")
+}
+
+/// What is in a folder, by `/` and the path from there: of a file its bytes, of a link what it says.
+///
+/// # Panics
+/// If something in it cannot be read.
+pub fn folder_contents(folder: &Path) -> BTreeMap<String, Vec<u8>> {
+    fn gather(folder: &Path, prefix: &str, into: &mut BTreeMap<String, Vec<u8>>) {
+        for entry in fs::read_dir(folder).expect("a folder") {
+            let path = entry.expect("an entry of the folder").path();
+            let name = path.file_name().expect("it has a name").to_string_lossy();
+            let name = format!("{prefix}/{name}");
+            if let Ok(target) = fs::read_link(&path) {
+                into.insert(name, target.to_string_lossy().into_owned().into_bytes());
+            } else if path.is_dir() {
+                gather(&path, &name, into);
+            } else {
+                into.insert(name, fs::read(&path).expect("a file"));
+            }
+        }
+    }
+    let mut contents = BTreeMap::new();
+    gather(folder, "", &mut contents);
+    contents
 }
 
 /// Copies the model that is built into the program into a folder, with `after` in place of `before`

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::builder::NonEmptyStringValueParser;
 use clap::{Args, ValueEnum};
 
-use super::{ConstraintArgs, KvTypeChoice, ModelArgs, SamplingArgs};
+use super::{ConstraintArgs, KvArgs, LengthArgs, ModelArgs, SamplingArgs};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -49,9 +49,8 @@ pub struct BatchArgs {
     #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
     pub template: Option<String>,
 
-    /// Most tokens to generate per row
-    #[arg(short = 'n', long, value_name = "N", default_value_t = 128)]
-    pub max_tokens: usize,
+    #[command(flatten)]
+    pub length: LengthArgs,
 
     /// Put each prompt into the model's chat template as the user's message
     #[arg(long)]
@@ -60,14 +59,6 @@ pub struct BatchArgs {
     /// System message before the user's
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
-
-    /// Stop before this text; may be given more than once
-    #[arg(long, value_name = "TEXT", value_parser = NonEmptyStringValueParser::new())]
-    pub stop: Vec<String>,
-
-    /// Go on after an end token
-    #[arg(long)]
-    pub ignore_eos: bool,
 
     /// Rows that are computed at once
     #[arg(long, value_name = "N", default_value_t = 8)]
@@ -89,9 +80,8 @@ pub struct BatchArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
+    #[command(flatten)]
+    pub kv: KvArgs,
 
     #[command(flatten)]
     pub sampling: SamplingArgs,

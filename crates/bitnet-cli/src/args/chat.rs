@@ -2,7 +2,7 @@
 
 use clap::Args;
 
-use super::{KvTypeChoice, ModelArgs, SamplingArgs};
+use super::{KvArgs, ModelArgs, SamplingArgs};
 
 #[derive(Debug, Args)]
 #[command(mut_arg("temperature", |argument| argument.default_value("0.6")))]
@@ -37,9 +37,8 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
+    #[command(flatten)]
+    pub kv: KvArgs,
 
     #[command(flatten)]
     pub sampling: SamplingArgs,

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{KvTypeChoice, ModelArgs};
+use super::{KvArgs, ModelArgs};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -42,7 +42,6 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub model: ModelArgs,
 
-    /// Storage of keys and values; f32 is exact, the others approximate
-    #[arg(long, help_heading = "Model", value_enum, value_name = "TYPE", default_value_t = KvTypeChoice::F32)]
-    pub kv_type: KvTypeChoice,
+    #[command(flatten)]
+    pub kv: KvArgs,
 }

@@ -10,7 +10,7 @@ use crate::output::{self, Messages};
 pub fn run(args: EmbedArgs, messages: &Messages) -> Result<()> {
     let model = super::load(&args.model, messages)?;
     let tokens = model.tokenizer().encode(&args.text, true, Special::Recognised)?;
-    let embedding = model.embed(&tokens, super::session_options(args.kv_type))?;
+    let embedding = model.embed(&tokens, super::session_options(args.kv.kv_type))?;
     if args.json {
         output::json(&json!({"embedding": embedding}))?;
     } else {

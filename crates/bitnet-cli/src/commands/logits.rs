@@ -26,7 +26,7 @@ fn for_each_row(
     model: &Model,
     mut show: impl FnMut(usize, &[f32]) -> Result<()>,
 ) -> Result<()> {
-    let mut session = model.session(super::session_options(args.kv_type))?;
+    let mut session = model.session(super::session_options(args.kv.kv_type))?;
     let mut checked = |position: usize, logits: &[f32]| {
         if let Some(id) = logits.iter().position(|logit| !logit.is_finite()) {
             let logit = logits[id];

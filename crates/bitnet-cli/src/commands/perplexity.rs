@@ -75,7 +75,7 @@ pub fn run(args: PerplexityArgs, messages: &Messages) -> Result<()> {
         messages,
     )?;
     let windows = windows(&args, &model);
-    let options = super::session_options(args.kv_type);
+    let options = super::session_options(args.kv.kv_type);
     let tokenizer = model.tokenizer();
     let mut encoded = Vec::new();
     for (name, text) in names.iter().zip(&texts) {

@@ -39,19 +39,19 @@ pub fn run(args: RunArgs, messages: &Messages) -> Result<()> {
     let model = super::load_generator(&args.model.name.model, &options, messages)?;
     generation::check_biases(&sampling, &model)?;
     let prompt_tokens = encode(&prompt, &model)?;
-    let end_ids = match args.ignore_eos {
+    let end_ids = match args.length.ignore_eos {
         true => BTreeSet::new(),
         false => model.description().end_ids.clone(),
     };
     let options = GenerateOptions {
         sampling,
-        max_tokens: args.max_tokens,
-        stop: args.stop,
+        max_tokens: args.length.max_tokens,
+        stop: args.length.stop,
         end_ids,
         constraint,
     };
 
-    let mut session = model.session(super::session_options(args.kv_type))?;
+    let mut session = model.session(super::session_options(args.kv.kv_type))?;
     // Printed with the first text after it: a prompt that the model refuses is not half a result.
     let mut pending = match &prompt {
         Prompt::Raw(text) => text.as_str(),

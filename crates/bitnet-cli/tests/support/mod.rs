@@ -127,6 +127,14 @@ pub fn json_of(arguments: &[&str]) -> Value {
     serde_json::from_str(&stdout).expect("JSON")
 }
 
+/// Checks that the program said why it did nothing, in one sentence.
+#[track_caller]
+pub fn refused(outcome: Outcome, code: i32, sentence: &str) {
+    let expected =
+        Outcome { code: Some(code), stdout: String::new(), stderr: format!("error: {sentence}\n") };
+    assert_eq!(outcome, expected);
+}
+
 /// Ids as a flag takes them.
 pub fn joined(ids: &[u32]) -> String {
     ids.iter().map(u32::to_string).collect::<Vec<_>>().join(",")

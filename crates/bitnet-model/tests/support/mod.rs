@@ -5,24 +5,25 @@ use std::path::Path;
 
 use bitnet_core::backend::{Backend, KvType, Span};
 use bitnet_model::decoder::{Decoder, Point, Step};
-use bitnet_model::source;
+use bitnet_model::source::{self, Checkpoint};
 use bitnet_model::weights::{self, LoadOptions};
 use bitnet_testing::golden::{GoldenModel, deviation, largest_difference};
 use sha2::{Digest, Sha256};
 
 /// Loads a model as a user's command would.
 pub fn load<B: Backend>(backend: B, path: &Path) -> Decoder<B> {
-    let checkpoint = source::open(path.to_str().unwrap()).unwrap();
-    let mut notes = Vec::new();
-    weights::load(
-        backend,
-        path,
-        &checkpoint.description.config,
-        &checkpoint.tensors,
-        LoadOptions::default(),
-        &mut notes,
-    )
-    .unwrap()
+    load_checkpoint(backend, &source::open(path.to_str().unwrap()).unwrap(), &mut Vec::new())
+}
+
+/// The same of a checkpoint that is open. Adds what is decided to `notes`.
+pub fn load_checkpoint<B: Backend>(
+    backend: B,
+    checkpoint: &Checkpoint,
+    notes: &mut Vec<String>,
+) -> Decoder<B> {
+    let Checkpoint { description, tensors } = checkpoint;
+    let (path, config) = (&description.path, &description.config);
+    weights::load(backend, path, config, tensors, LoadOptions::default(), notes).unwrap()
 }
 
 /// Logits of every position of `ids`.

@@ -82,9 +82,9 @@ impl Job {
         let output_format = args.to.or_else(|| export::format_of(&args.output));
         let params = GenerationParams {
             sampling: generation::sampling_params(&args.sampling)?,
-            max_tokens: args.max_tokens,
-            stop: args.stop.clone(),
-            ignore_end: args.ignore_eos,
+            max_tokens: args.length.max_tokens,
+            stop: args.length.stop.clone(),
+            ignore_end: args.length.ignore_eos,
             constraint: generation::constraint(&args.constraint)?,
             ..GenerationParams::default()
         };
@@ -131,7 +131,7 @@ impl Job {
         }
         let at_once = usize::from(args.concurrency);
         let window = WINDOW * at_once;
-        let engine = generation::engine(model, args.kv_type, at_once, 2 * window)?;
+        let engine = generation::engine(model, args.kv.kv_type, at_once, 2 * window)?;
         if self.params.constraint.is_some() {
             // A constraint that nothing can satisfy is no fault of a row.
             engine.stream("a", self.params.clone(), StreamingConfig::default())?;
@@ -237,13 +237,13 @@ impl Job {
 
     /// The flags on which results depend.
     fn settings(&self) -> Value {
-        let BatchArgs { template, chat, system, kv_type, .. } = &self.args;
+        let BatchArgs { template, chat, system, kv, .. } = &self.args;
         json!({
             "format": format!("{:?}", self.input_format),
             "template": template,
             "chat": chat,
             "system": system,
-            "kv_type": format!("{kv_type:?}"),
+            "kv_type": format!("{:?}", kv.kv_type),
             "generation": format!("{:?}", self.params),
         })
     }

@@ -61,7 +61,7 @@ pub fn run(args: ChatArgs, messages: &Messages) -> Result<()> {
     let mut input = Input::new(names, messages)?;
     let at_terminal = input.is_terminal();
     let mut chat = Chat {
-        engine: generation::engine(model, args.kv_type, 1, WAITING)?,
+        engine: generation::engine(model, args.kv.kv_type, 1, WAITING)?,
         conversation: Conversation {
             model: name.clone(),
             system: args.system,

@@ -70,7 +70,7 @@ pub fn run(args: EvalArgs, messages: &Messages) -> Result<()> {
     if args.chat {
         super::template(model.description())?;
     }
-    let mut session = model.session(super::session_options(args.kv_type))?;
+    let mut session = model.session(super::session_options(args.kv.kv_type))?;
 
     let started = Instant::now();
     let bar = messages.bar(lines.len() as u64, "questions");
