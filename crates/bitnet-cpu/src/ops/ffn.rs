@@ -60,7 +60,7 @@ impl Compute {
             return;
         }
         let mut scratch = self.scratch();
-        let Scratch { inputs: room, planes, column_sums, group_sums, threads, .. } = &mut *scratch;
+        let Scratch { inputs: room, planes, columns, group_sums, threads, .. } = &mut *scratch;
         let inputs = self.prepare(x, rows, norm, &[ffn.gate, ffn.up], room, threads);
         let (start, skipped) = (self.profile.start(), AtomicUsize::new(0));
         let by_row = ffn.up.by_row().filter(|_| rows == 1);
@@ -112,7 +112,7 @@ impl Compute {
             count(&self.counts.down_columns, width);
             if live * 100 < width * MOST_LIVE_COLUMNS {
                 count(&self.counts.down_columns_skipped, width - live);
-                return self.down_columns(down, matrix, inputs, column_sums, threads, out);
+                return self.down_columns(down, matrix, inputs, columns, threads, out);
             }
         }
         self.multiply(inputs, &[down], &mut [out], group_sums, threads);
@@ -132,7 +132,7 @@ impl Compute {
         up: &mut Strip<'_>,
     ) -> usize {
         let rows = up.columns();
-        let ThreadScratch { live_rows, live_sums, row_sums: sums, .. } = own;
+        let ThreadScratch { live_rows, row_order, live_sums, row_sums: sums, .. } = own;
         let first = rows.start as u32;
         let list = at_least(live_rows, rows.len());
         let mut live = rows.len();
@@ -151,10 +151,13 @@ impl Compute {
                 live = rows.len();
             }
         }
-        let list = &mut list[..live];
+        let order = &mut at_least(row_order, rows.len())[..live];
         if live == rows.len() {
-            list.iter_mut().zip(first..).for_each(|(row, next)| *row = next);
+            order.iter_mut().zip(first..).for_each(|(row, next)| *row = next);
+        } else {
+            take_turns(&list[..live], order);
         }
+        let list = &*order;
         let acc = &mut at_least(live_sums, rows.len())[..live];
         self.kernels.ternary_rows(matrix, row_bytes, planes, list, acc);
         let QuantizedRow { scale, sum } = inputs.rows[0];
@@ -175,34 +178,39 @@ impl Compute {
         down: &Linear,
         (matrix, column_bytes): (&[u8], usize),
         inputs: Inputs<'_>,
-        sums: &mut Vec<i32>,
+        room: &mut Vec<(u32, i8)>,
         threads: &[Mutex<ThreadScratch>],
         out: &mut Buffer,
     ) {
         let start = self.profile.start();
-        // Each part has its share of the columns and sums for all rows.
         let height = 4 * column_bytes;
         let columns = &inputs.quantized[..down.cols()];
         let share = columns.len().div_ceil(self.parts(height * columns.len()));
-        let parts = columns.len().div_ceil(share);
-        let sums = at_least(sums, parts * height);
-        self.pool.run(Chunks::new(&mut *sums, height), |thread, (part, sums)| {
-            let ThreadScratch { live_columns, narrow, .. } = &mut *lock(&threads[thread]);
-            let columns = &columns[part * share..];
-            let columns = &columns[..columns.len().min(share)];
-            let list = at_least(live_columns, columns.len());
+        let lists = Chunks::new(at_least(room, columns.len()), share);
+        threads.iter().for_each(|own| lock(own).column_sums.clear());
+        self.pool.run(lists, |thread, (part, list)| {
+            let ThreadScratch { live_columns, narrow, column_sums, .. } =
+                &mut *lock(&threads[thread]);
+            let live_columns = at_least(live_columns, list.len());
             let mut live = 0;
-            for (column, &q) in ((part * share) as u32..).zip(columns) {
-                list[live] = (column, q);
+            let first = part * share;
+            for (column, &q) in (first as u32..).zip(&columns[first..][..list.len()]) {
+                live_columns[live] = (column, q);
                 live += usize::from(q != 0);
             }
-            sums.fill(0);
+            let list = &mut list[..live];
+            take_turns(&live_columns[..live], list);
+            // Each thread has sums for all rows, of the columns in its parts.
+            let sums = at_least(column_sums, height);
             let narrow = at_least(narrow, height);
-            self.kernels.ternary_columns(matrix, column_bytes, &list[..live], narrow, sums);
+            self.kernels.ternary_columns(matrix, column_bytes, list, narrow, sums);
         });
-        let (sums, others) = sums.split_at_mut(height);
-        for other in others.chunks_exact(height) {
-            sums.iter_mut().zip(other).for_each(|(sum, other)| *sum += other);
+        let [first, others @ ..] = threads else { unreachable!("a pool has a thread") };
+        let mut first = lock(first);
+        let sums = at_least(&mut first.column_sums, height);
+        for other in others {
+            let other = lock(other);
+            sums.iter_mut().zip(&other.column_sums).for_each(|(sum, other)| *sum += other);
         }
         let QuantizedRow { scale, sum } = inputs.rows[0];
         let sums = &mut sums[..down.rows()];
@@ -219,5 +227,38 @@ impl Compute {
                 ..Call::of_rows("live columns", 1)
             }
         });
+    }
+}
+
+/// How many places of a matrix are read in turn.
+const PLACES: usize = 32;
+
+/// Orders an ascending list of runs in a matrix so that those that follow each other lie far apart: of
+/// neighbours with gaps between them the hardware reads the gaps too.
+fn take_turns<T: Copy>(list: &[T], out: &mut [T]) {
+    let section = list.len().div_ceil(PLACES).max(1);
+    let mut out = out.iter_mut();
+    for i in 0..section {
+        for (&run, out) in list.iter().skip(i).step_by(section).zip(&mut out) {
+            *out = run;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_that_take_turns_are_each_there_once_and_far_from_the_next() {
+        for len in [0, 1, 5, 31, 32, 33, 64, 1000, 6912] {
+            let list: Vec<usize> = (0..len).collect();
+            let mut order = vec![usize::MAX; len];
+            take_turns(&list, &mut order);
+            let far = len.div_ceil(PLACES);
+            assert!(order.windows(2).all(|pair| pair[0].abs_diff(pair[1]) >= far), "{order:?}");
+            order.sort_unstable();
+            assert_eq!(order, list);
+        }
     }
 }

@@ -42,8 +42,8 @@ struct Scratch {
     inputs: InputScratch,
     /// Quantised inputs spread for rows computed by themselves.
     planes: Vec<i8>,
-    /// Sums over shares of the columns.
-    column_sums: Vec<i32>,
+    /// Columns with a live input, and that input, in the order in which they are read.
+    columns: Vec<(u32, i8)>,
     /// Sums of the quantised inputs, per row and scale group, for each length of groups.
     group_sums: Vec<i32>,
     /// Partial results of attention.
@@ -76,12 +76,16 @@ struct ThreadScratch {
     totals: Vec<[[f32; tile::ROWS]; linears::TOKENS]>,
     /// A band of a matrix in row order.
     tiles: Vec<Tile>,
-    /// Rows with a live gate, their sums, and the sums of all rows.
+    /// Rows with a live gate, ascending and in the order in which they are read; their sums in that
+    /// order, and the sums of all rows.
     live_rows: Vec<u32>,
+    row_order: Vec<u32>,
     live_sums: Vec<i32>,
     row_sums: Vec<i32>,
-    /// Columns with a live input, and that input.
+    /// Columns with a live input, and that input, ascending; and the sums of all rows over the columns
+    /// of this thread.
     live_columns: Vec<(u32, i8)>,
+    column_sums: Vec<i32>,
     /// Sums of a few columns.
     narrow: Vec<i16>,
 }

@@ -4,7 +4,7 @@ use std::arch::x86_64::*;
 
 use bitnet_quant::packing::tile;
 
-use super::{COLUMNS_PER_WIDENING, Group, Table, generic, plane_len};
+use super::{COLUMNS_PER_WIDENING, Group, Table, ask, generic, plane_len};
 use crate::arch::Tile;
 
 pub(crate) static TABLE: Table = Table { rows, columns, band };
@@ -25,6 +25,7 @@ const GROUP: usize = 2;
 /// four planes has `plane_len(row_bytes)` elements.
 #[target_feature(enable = "avx2")]
 unsafe fn rows(rows: &[u8], row_bytes: usize, planes: &[i8], live: &[u32], acc: &mut [i32]) {
+    ask(rows, row_bytes, live.iter().copied());
     for (i, acc) in acc.chunks_mut(GROUP).enumerate() {
         let group = Group::new(rows, row_bytes, live.len(), i * GROUP, |i| live[i]);
         // SAFETY: the contract of this function.
@@ -140,6 +141,7 @@ pub(super) unsafe fn columns(
     narrow: &mut [i16],
     sums: &mut [i32],
 ) {
+    ask(columns, column_bytes, live.iter().map(|&(column, _)| column));
     for (block, values) in live.chunks(COLUMNS_PER_WIDENING).enumerate() {
         narrow.fill(0);
         for (i, values) in values.chunks(COLUMNS).enumerate() {

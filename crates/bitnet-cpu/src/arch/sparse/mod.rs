@@ -11,6 +11,8 @@ pub(super) mod neon;
 
 use bitnet_quant::packing::tile;
 
+#[cfg(target_arch = "x86_64")]
+use super::prefetch_second;
 use super::{Kernels, Tile};
 
 type Rows = unsafe fn(&[u8], usize, &[i8], &[u32], &mut [i32]);
@@ -28,6 +30,16 @@ pub(super) struct Table {
 /// instead left half of the bandwidth unused.
 #[cfg(target_arch = "x86_64")]
 const AHEAD: usize = 32;
+
+/// Asks memory for the first [`AHEAD`] runs of a list.
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn ask(matrix: &[u8], bytes: usize, list: impl Iterator<Item = u32>) {
+    for run in list.take(AHEAD) {
+        let start = matrix.as_ptr().wrapping_add(run as usize * bytes);
+        (0..bytes).step_by(tile::LINE).for_each(|at| prefetch_second(start.wrapping_add(at)));
+    }
+}
 
 /// Where the `N` rows or columns start that a kernel takes together, those it takes next, and those
 /// that it asks memory for meanwhile.
