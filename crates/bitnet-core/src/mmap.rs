@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fs::File;
 use std::iter::Sum;
 use std::path::Path;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use bytes::Bytes;
 
@@ -129,30 +129,109 @@ const HUGE_PAGE: usize = 2 << 20;
 /// Bytes of a cache line.
 const LINE: usize = 64;
 
+/// Bytes below which memory is taken from the allocator.
+const SMALL: usize = 64 << 10;
+
+/// Bytes of an [`Arena`]. Only what was written to takes memory.
+const ARENA: usize = 64 << 20;
+
+/// The arena that is being cut up, for as long as a piece of it is in use, and how many of its bytes
+/// are taken.
+static CURRENT: Mutex<(Weak<Arena>, usize)> = Mutex::new((Weak::new(), 0));
+
+/// Memory that weights are cut from one after another. By itself a matrix has up to two huge pages less
+/// than its size, the rest of it in small pages, and one of less than two such pages perhaps none.
+struct Arena {
+    map: memmap2::MmapRaw,
+    /// The first byte on a huge page, and how many follow.
+    start: usize,
+    len: usize,
+}
+
+impl Arena {
+    fn new(len: usize) -> std::io::Result<Self> {
+        let len = len.checked_next_multiple_of(HUGE_PAGE);
+        let whole = len.and_then(|len| len.checked_add(HUGE_PAGE));
+        let (Some(len), Some(whole)) = (len, whole) else {
+            return Err(std::io::ErrorKind::OutOfMemory.into());
+        };
+        let map = memmap2::MmapRaw::from(memmap2::MmapMut::map_anon(whole)?);
+        // A wish: without huge pages everything is the same but for the speed.
+        #[cfg(target_os = "linux")]
+        let _ = map.advise(memmap2::Advice::HugePage);
+        let start = map.as_ptr().align_offset(HUGE_PAGE);
+        Ok(Arena { map, start, len })
+    }
+}
+
+/// Bytes of an arena that nothing else refers to.
+struct Piece {
+    arena: Arc<Arena>,
+    from: usize,
+    len: usize,
+}
+
+impl Piece {
+    /// `len` bytes, zero, on a cache line.
+    fn new(len: usize) -> std::io::Result<Self> {
+        if len >= ARENA {
+            return Ok(Piece { arena: Arc::new(Arena::new(len)?), from: 0, len });
+        }
+        // Nothing panics while it is held.
+        let mut current = CURRENT.lock().unwrap_or_else(PoisonError::into_inner);
+        let (arena, used) = &mut *current;
+        let (arena, from) = match arena.upgrade() {
+            Some(arena) if arena.len - *used >= len => (arena, *used),
+            _ => {
+                let fresh = Arc::new(Arena::new(ARENA)?);
+                *arena = Arc::downgrade(&fresh);
+                (fresh, 0)
+            }
+        };
+        *used = (from + len).next_multiple_of(LINE);
+        Ok(Piece { arena, from, len })
+    }
+
+    #[allow(unsafe_code)]
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        let Arena { map, start, .. } = &*self.arena;
+        // SAFETY: the bytes lie in the mapping, which lives as long as this piece, and each byte of an
+        // arena is given to one piece only, of which this is the one reference.
+        unsafe { std::slice::from_raw_parts_mut(map.as_mut_ptr().add(start + self.from), self.len) }
+    }
+}
+
+impl AsRef<[u8]> for Piece {
+    #[allow(unsafe_code)]
+    fn as_ref(&self) -> &[u8] {
+        let Arena { map, start, .. } = &*self.arena;
+        // SAFETY: as for `bytes_mut`; nothing writes to the piece while this reference lives.
+        unsafe { std::slice::from_raw_parts(map.as_ptr().add(start + self.from), self.len) }
+    }
+}
+
 /// `len` bytes that `fill` writes, zero before, starting on a cache line.
 ///
-/// Many bytes get huge pages where the system gives them: reading weights at the speed of memory,
-/// the processor spends much of its time on finding small ones.
+/// They lie in huge pages where the system gives them: reading weights at the speed of memory, the
+/// processor spends much of its time on finding small ones. Weights that are made one after another
+/// share such pages, and up to 64 MiB of memory are given back only when all of them are gone.
 ///
 /// # Errors
 /// If the memory cannot be had.
 pub fn filled(len: usize, fill: impl FnOnce(&mut [u8])) -> Result<Bytes, Error> {
-    if len < HUGE_PAGE {
+    if len < SMALL {
         let mut bytes = vec![0; len + LINE];
         let start = bytes.as_ptr().align_offset(LINE);
         fill(&mut bytes[start..start + len]);
         return Ok(Bytes::from(bytes).slice(start..start + len));
     }
-    let mut map = memmap2::MmapMut::map_anon(len).map_err(|_| Error::Memory {
+    let mut piece = Piece::new(len).map_err(|_| Error::Memory {
         what: "a weight matrix".to_owned(),
         needed: len as u64,
         available: crate::budget::available_memory().unwrap_or(0),
     })?;
-    // A wish: without huge pages everything is the same but for the speed.
-    #[cfg(target_os = "linux")]
-    let _ = map.advise(memmap2::Advice::HugePage);
-    fill(&mut map);
-    Ok(Bytes::from_owner(map))
+    fill(piece.bytes_mut());
+    Ok(Bytes::from_owner(piece))
 }
 
 #[cfg(test)]
@@ -161,7 +240,9 @@ mod tests {
 
     #[test]
     fn memory_of_any_size_starts_on_a_line_and_keeps_what_is_written() {
-        for len in [0, 1, 100, HUGE_PAGE - 1, HUGE_PAGE, 3 * HUGE_PAGE + 7] {
+        for len in
+            [0, 1, 100, SMALL - 1, SMALL, HUGE_PAGE - 1, 3 * HUGE_PAGE + 7, ARENA - 1, ARENA + 1]
+        {
             let bytes = filled(len, |bytes| {
                 assert!(bytes.iter().all(|&byte| byte == 0));
                 bytes.iter_mut().enumerate().for_each(|(i, byte)| *byte = (i % 251) as u8);
@@ -170,6 +251,53 @@ mod tests {
             assert_eq!(bytes.len(), len);
             assert!(len == 0 || bytes.as_ptr().addr().is_multiple_of(LINE));
             assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));
+        }
+    }
+
+    /// Pieces of one arena, of several, made and dropped by several threads at once.
+    #[test]
+    fn pieces_of_arenas_do_not_share_bytes() {
+        std::thread::scope(|scope| {
+            for thread in 0..3u8 {
+                scope.spawn(move || {
+                    let mut kept = Vec::new();
+                    for round in 0..60usize {
+                        let len = SMALL + (round * 7919 + thread as usize * 104_729) % (4 << 20);
+                        let own = thread * 60 + round as u8;
+                        let bytes = filled(len, |bytes| {
+                            assert!(bytes.iter().all(|&byte| byte == 0), "it was used before");
+                            bytes.fill(own + 1);
+                        });
+                        kept.push((own + 1, bytes.unwrap()));
+                        if round % 3 == 0 {
+                            kept.swap_remove(round % kept.len());
+                        }
+                        for (own, bytes) in &kept {
+                            assert!(
+                                [bytes[0], bytes[bytes.len() / 2], bytes[bytes.len() - 1]]
+                                    .iter()
+                                    .all(|byte| byte == own)
+                            );
+                        }
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn an_arena_ends_with_its_last_piece() {
+        let pieces = [1, 2].map(|n| Piece::new(n * SMALL).unwrap());
+        let [first, second] = pieces.map(|piece| (Arc::downgrade(&piece.arena), piece));
+        drop(first.1);
+        // Other tests may cut pieces of the same arena, and hold them for a while.
+        let freed = |arena: &Weak<Arena>| arena.strong_count() == 0;
+        assert!(!freed(&second.0));
+        drop(second.1);
+        let patience = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while !(freed(&first.0) && freed(&second.0)) {
+            assert!(std::time::Instant::now() < patience, "it is still there");
+            std::thread::yield_now();
         }
     }
 
