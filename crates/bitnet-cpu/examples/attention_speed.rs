@@ -19,7 +19,7 @@ use bitnet_cpu::{Buffer, CpuBackend, CpuOptions, Isa};
 const HEADS: usize = 20;
 const KV_HEADS: usize = 5;
 const HEAD_SIZE: usize = 128;
-const BLOCK_TOKENS: usize = 16;
+const BLOCK_TOKENS: usize = 64;
 /// Bytes of keys and values that no cache holds.
 const UNCACHED_BYTES: usize = 400 << 20;
 

@@ -16,7 +16,7 @@ use crate::sampler::{Candidate, Selection};
 use crate::telemetry;
 
 /// Tokens per KV block of a session.
-pub(crate) const BLOCK_TOKENS: usize = 16;
+pub(crate) const BLOCK_TOKENS: usize = 64;
 
 /// Tokens per step while a prompt is read: enough to share each weight's unpacking, small enough
 /// that the activations stay in cache.

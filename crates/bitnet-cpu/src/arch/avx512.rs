@@ -29,6 +29,17 @@ instantiate! {
 #[derive(Clone, Copy)]
 struct Sixteen(__m512);
 
+/// Which of 32 words come one after another when the first sixteen and the others take turns.
+static INTERLEAVED: [u16; 32] = {
+    let mut order = [0; 32];
+    let mut i = 0;
+    while i < 32 {
+        order[i] = (i / 2 + i % 2 * 16) as u16;
+        i += 1;
+    }
+    order
+};
+
 impl Lanes for Sixteen {
     type Sums = __m512i;
     type Pairs = __m512i;
@@ -122,6 +133,17 @@ impl Lanes for Sixteen {
         // SAFETY: twice sixteen bytes, by the contract.
         let (a, b) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
         _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512bw")]
+    unsafe fn adjacent_pairs(both: *const i8) -> __m512i {
+        // SAFETY: as many words as a register has; and thirty-two bytes, by the contract.
+        unsafe {
+            let order = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
+            let wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(both.cast()));
+            _mm512_permutexvar_epi16(order, wide)
+        }
     }
 
     #[inline]

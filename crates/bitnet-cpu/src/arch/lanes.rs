@@ -34,6 +34,12 @@ pub(in crate::arch) trait Lanes: Copy {
     unsafe fn load_sums(x: *const i32) -> Self::Sums;
     unsafe fn store_sums(sums: Self::Sums, out: *mut i32);
     unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs;
+    /// [`pairs`](Lanes::pairs) of thirty-two elements.
+    #[inline(always)]
+    unsafe fn adjacent_pairs(both: *const i8) -> Self::Pairs {
+        // SAFETY: twice sixteen elements.
+        unsafe { Self::pairs(both, both.add(16)) }
+    }
     /// `sums + a.0 * first + a.1 * second`, for `a` the two 16-bit halves of a word, low first.
     unsafe fn add_pairs(sums: Self::Sums, a: i32, pairs: Self::Pairs) -> Self::Sums;
     /// Rounded to the nearest f32.

@@ -162,24 +162,39 @@ unsafe fn multiply_pairs<V: Lanes, const R: usize>(
     sums: *const i32,
     stride: usize,
 ) -> [V::Sums; R] {
-    let none = [0i8; PANEL];
-    let (a_stride, a, b) = (a.stride, a.data.as_ptr(), panel.data.as_ptr());
+    let b = panel.data.as_ptr();
     // SAFETY: by the contract of this function and `Panel::new`.
     unsafe {
+        let rows: [*const i16; R] = std::array::from_fn(|r| a.data.as_ptr().add(r * a.stride));
         let mut acc = [V::no_sums(); R];
         if !sums.is_null() {
             for (r, acc) in acc.iter_mut().enumerate() {
                 *acc = V::load_sums(sums.add(r * stride));
             }
         }
-        for k in (0..panel.rows).step_by(2) {
-            let first = b.add(k * panel.width);
-            let second = if k + 1 < panel.rows { first.add(panel.width) } else { none.as_ptr() };
-            let pairs = V::pairs(first, second);
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let two = a.add(r * a_stride + k).cast::<i32>().read_unaligned();
-                *acc = V::add_pairs(*acc, two, pairs);
+        // Written out: a closure would not have the instructions of the function around it.
+        macro_rules! add {
+            ($k:expr, $pairs:expr) => {
+                let pairs = $pairs;
+                for (acc, row) in acc.iter_mut().zip(rows) {
+                    *acc = V::add_pairs(*acc, row.add($k).cast::<i32>().read_unaligned(), pairs);
+                }
+            };
+        }
+        let mut k = 0;
+        if panel.width == PANEL {
+            while k + 2 <= panel.rows {
+                add!(k, V::adjacent_pairs(b.add(k * PANEL)));
+                k += 2;
             }
+        }
+        while k + 2 <= panel.rows {
+            let first = b.add(k * panel.width);
+            add!(k, V::pairs(first, first.add(panel.width)));
+            k += 2;
+        }
+        if k < panel.rows {
+            add!(k, V::pairs(b.add(k * panel.width), [0i8; PANEL].as_ptr()));
         }
         acc
     }
