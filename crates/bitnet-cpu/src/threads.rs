@@ -310,14 +310,44 @@ unsafe impl<'a, T: Send> Partition for Chunks<'a, T> {
     }
 }
 
-/// A matrix `[rows, width]` cut into vertical strips of the same number of columns, the last of
-/// which may be narrower, and these across into pieces of the same number of rows, the last of which
-/// may be lower. The last rows come first.
+/// How a length is cut into parts, one after another.
+#[derive(Clone, Copy)]
+pub(crate) enum Cut {
+    /// Parts of this length, the last of which may be shorter.
+    Even(usize),
+    /// Parts that become shorter, in whole units: each takes its share of half of what is left, but at
+    /// least some units. Threads that began at different times or run at different speeds so end
+    /// at about the same time, without the cost of many parts.
+    Tapered { unit: usize, least: usize, threads: usize },
+}
+
+impl Cut {
+    /// The parts of a length.
+    fn ranges(self, len: usize) -> impl Iterator<Item = Range<usize>> {
+        let mut from = 0;
+        std::iter::from_fn(move || {
+            let left = len - from;
+            let part = match self {
+                Cut::Even(part) => part,
+                Cut::Tapered { unit, least, threads } => {
+                    left.div_ceil(2 * threads * unit).max(least) * unit
+                }
+            };
+            assert_ne!(part, 0);
+            let range = from..from + part.min(left);
+            from = range.end;
+            (!range.is_empty()).then_some(range)
+        })
+    }
+}
+
+/// A matrix `[rows, width]` cut into vertical strips, and these across into pieces of the same number of
+/// rows, the last of which may be lower. The last rows come first.
 pub(crate) struct Strips<'a> {
     start: *mut f32,
     rows: usize,
     width: usize,
-    strip: usize,
+    cut: Cut,
     height: usize,
     matrix: PhantomData<&'a mut [f32]>,
 }
@@ -326,18 +356,11 @@ pub(crate) struct Strips<'a> {
 unsafe impl Sync for Strips<'_> {}
 
 impl<'a> Strips<'a> {
-    /// Strips of `strip` columns.
-    pub(crate) fn new(matrix: &'a mut [f32], width: usize, strip: usize) -> Self {
-        assert!(width != 0 && strip != 0 && matrix.len().is_multiple_of(width));
-        let rows = matrix.len() / width;
-        Strips {
-            start: matrix.as_mut_ptr(),
-            rows,
-            width,
-            strip,
-            height: rows.max(1),
-            matrix: PhantomData,
-        }
+    /// Strips of the columns of a matrix.
+    pub(crate) fn new(matrix: &'a mut [f32], width: usize, cut: Cut) -> Self {
+        assert!(width != 0 && matrix.len().is_multiple_of(width));
+        let (start, rows) = (matrix.as_mut_ptr(), matrix.len() / width);
+        Strips { start, rows, width, cut, height: rows.max(1), matrix: PhantomData }
     }
 
     /// Cuts the strips into pieces of `height` rows.
@@ -387,18 +410,19 @@ unsafe impl<'a> Partition for Strips<'a> {
     type Part = Strip<'a>;
 
     fn parts(&self) -> usize {
-        self.width.div_ceil(self.strip) * self.rows.div_ceil(self.height)
+        self.cut.ranges(self.width).count() * self.rows.div_ceil(self.height)
     }
 
     unsafe fn part(&self, index: usize) -> Strip<'a> {
-        let strips = self.width.div_ceil(self.strip);
-        let (across, from) = (index / strips, index % strips * self.strip);
+        let strips = self.cut.ranges(self.width).count();
+        let (across, strip) = (index / strips, index % strips);
+        let columns = self.cut.ranges(self.width).nth(strip).expect("one of the strips");
         let first = (self.rows.div_ceil(self.height) - 1 - across) * self.height;
         Strip {
             start: self.start,
             rows: first..self.rows.min(first + self.height),
             width: self.width,
-            columns: from..self.width.min(from + self.strip),
+            columns,
             matrix: PhantomData,
         }
     }
@@ -512,10 +536,41 @@ mod tests {
     }
 
     #[test]
+    fn parts_of_a_length_follow_each_other_to_its_end() {
+        for len in [0, 1, 15, 16, 17, 640, 2560, 6912, 128_256] {
+            let cuts = [1, 2, 16].map(|threads| Cut::Tapered { unit: 16, least: 8, threads });
+            for cut in cuts.into_iter().chain([Cut::Even(1000)]) {
+                let parts: Vec<Range<usize>> = cut.ranges(len).collect();
+                let ends = parts.iter().map(|part| part.end);
+                assert!(
+                    parts
+                        .iter()
+                        .map(|part| part.start)
+                        .eq([0].into_iter().chain(ends).take(parts.len()))
+                );
+                assert_eq!(parts.last().map_or(0, |part| part.end), len);
+                assert!(parts.is_sorted_by_key(|part| std::cmp::Reverse(part.len())));
+                if let Cut::Tapered { unit, least, .. } = cut {
+                    let (_, whole) = parts.split_last().unwrap_or((&(0..0), &[]));
+                    assert!(whole.iter().all(|part| part.len().is_multiple_of(unit)));
+                    assert!(whole.iter().all(|part| part.len() >= unit * least));
+                }
+            }
+        }
+        // Two threads: a quarter of 64 units, of 48, of 36.
+        let parts = Cut::Tapered { unit: 1, least: 4, threads: 2 }.ranges(64);
+        assert_eq!(parts.map(|part| part.len()).take(4).collect::<Vec<_>>(), [16, 12, 9, 7]);
+    }
+
+    #[test]
     fn strips_of_several_matrices_cover_them() {
         let pool = ThreadPool::new(3, false).unwrap();
         let (mut a, mut b) = (vec![0.0; 3 * 7], vec![0.0; 2 * 5]);
-        let parts = [Some(Strips::new(&mut a, 7, 2)), None, Some(Strips::new(&mut b, 5, 5))];
+        let parts = [
+            Some(Strips::new(&mut a, 7, Cut::Even(2))),
+            None,
+            Some(Strips::new(&mut b, 5, Cut::Even(5))),
+        ];
         pool.run(parts, |_, (which, mut strip)| {
             let columns = strip.columns();
             for row in 0..if which == 0 { 3 } else { 2 } {

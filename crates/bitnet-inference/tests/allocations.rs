@@ -54,16 +54,16 @@ fn a_step_between_two_growths_of_the_store_allocates_nothing() {
         let mut session =
             model.session(SessionOptions { kv_type, ..SessionOptions::default() }).unwrap();
         let mut logits = Vec::new();
-        // Blocks of 16 tokens: 40 tokens take three, and token 48 doubles them to six.
-        session.feed(&[7; 40], &mut logits).unwrap();
-        for token in 40..48 {
+        // Blocks of 64 tokens: 160 tokens take three, and token 192 doubles them to six.
+        session.feed(&[7; 160], &mut logits).unwrap();
+        for token in 160..192 {
             session.feed(&[token], &mut logits).unwrap();
         }
         let before = ALLOCATIONS.load(Ordering::Relaxed);
-        session.feed(&[48], &mut logits).unwrap();
+        session.feed(&[192], &mut logits).unwrap();
         let grown = ALLOCATIONS.load(Ordering::Relaxed);
         assert_ne!(grown, before, "the counter counts");
-        for token in 49..96 {
+        for token in 193..384 {
             session.feed(&[token], &mut logits).unwrap();
         }
         assert_eq!(ALLOCATIONS.load(Ordering::Relaxed), grown, "{kv_type:?}");

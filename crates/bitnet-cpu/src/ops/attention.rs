@@ -11,7 +11,7 @@ use crate::arch::{Attention, Room, partial_len, room_len};
 use crate::buffer::Buffer;
 use crate::kv::{KvStore, LayerMut, Side, scatter};
 use crate::profile::Call;
-use crate::threads::{Chunks, Partition, Strips, ThreadPool};
+use crate::threads::{Chunks, Cut, Partition, Strips, ThreadPool};
 
 /// Rows of scores (query heads of tokens) that share each load of a key or value: what they need
 /// fits the second-level cache beside a panel.
@@ -202,7 +202,7 @@ impl Compute {
                 }
             }
         } else {
-            let strips = Strips::new(out, width, shared * head_size).cut(height);
+            let strips = Strips::new(out, width, Cut::Even(shared * head_size)).cut(height);
             self.share(small, strips, |thread, mut out| {
                 let head = out.columns().start / (shared * head_size);
                 for (own, attention) in pieces(out.rows(), head) {

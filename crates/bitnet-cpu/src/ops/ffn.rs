@@ -70,11 +70,10 @@ impl Compute {
         }
         let planes = &*planes;
         let bands = width.div_ceil(tile::ROWS);
-        let parts = self.parts(rows * 2 * bands * tile::ROWS * x.cols());
-        let strip = bands.div_ceil(parts) * tile::ROWS;
+        let cut = self.bands(bands, tile::ROWS, rows * 2 * width * x.cols());
         let strips = (
-            Strips::new(gate.shape(rows, width), width, strip),
-            Strips::new(up.shape(rows, width), width, strip),
+            Strips::new(gate.shape(rows, width), width, cut),
+            Strips::new(up.shape(rows, width), width, cut),
         );
         let [gate_task, up_task, ..] = tasks(&[ffn.gate, ffn.up], inputs, group_sums);
         let (gate_task, up_task) = (gate_task.expect("the first"), up_task.expect("the second"));
@@ -134,7 +133,9 @@ impl Compute {
         let rows = up.columns();
         let ThreadScratch { live_rows, row_order, live_sums, row_sums: sums, .. } = own;
         let first = rows.start as u32;
-        let list = at_least(live_rows, rows.len());
+        // Room for all rows: whichever part a thread gets later, it need not grow.
+        let all = ffn.up.rows();
+        let list = at_least(live_rows, all);
         let mut live = rows.len();
         if self.shortcuts.sparsity && ffn.activation == Activation::Relu2 {
             live = 0;
@@ -151,17 +152,17 @@ impl Compute {
                 live = rows.len();
             }
         }
-        let order = &mut at_least(row_order, rows.len())[..live];
+        let order = &mut at_least(row_order, all)[..live];
         if live == rows.len() {
             order.iter_mut().zip(first..).for_each(|(row, next)| *row = next);
         } else {
             take_turns(&list[..live], order);
         }
         let list = &*order;
-        let acc = &mut at_least(live_sums, rows.len())[..live];
+        let acc = &mut at_least(live_sums, all)[..live];
         self.kernels.ternary_rows(matrix, row_bytes, planes, list, acc);
         let QuantizedRow { scale, sum } = inputs.rows[0];
-        let sums = at_least(sums, rows.len());
+        let sums = &mut at_least(sums, all)[..rows.len()];
         sums.fill(0);
         for (&row, &acc) in list.iter().zip(&*acc) {
             // A code is a weight plus 1.

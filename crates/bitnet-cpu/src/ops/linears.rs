@@ -15,7 +15,7 @@ use crate::arch::{BandScale, Tile};
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
 use crate::profile::Call;
-use crate::threads::{Chunks, Strip, Strips};
+use crate::threads::{Chunks, Cut, Strip, Strips};
 
 /// Tokens whose inputs stay in the cache (160 kB at 2560 columns) while bands pass by.
 pub(super) const TOKENS: usize = 64;
@@ -81,14 +81,20 @@ impl Compute {
         for (linears, outs) in linears.chunks(MATRICES).zip(outs.chunks_mut(MATRICES)) {
             let tasks = tasks(linears, inputs, group_sums);
             let features: usize = linears.iter().map(|linear| linear.rows()).sum();
-            let parts = self.parts(rows * features.div_ceil(tile::ROWS) * stride);
+            let columns_of_bands = rows * features.div_ceil(tile::ROWS) * stride;
+            let parts = self.parts(columns_of_bands);
             let mut outs = outs.iter_mut();
             let strips: [Option<Strips<'_>>; MATRICES] = std::array::from_fn(|j| {
                 let (linear, out) = (linears.get(j)?, outs.next()?);
-                let share = (parts * linear.rows()).div_ceil(features);
-                let bands = linear.rows().div_ceil(tile::ROWS).div_ceil(share);
+                let bands = linear.rows().div_ceil(tile::ROWS);
+                let cut = if linears.len() == 1 {
+                    self.bands(bands, tile::ROWS, columns_of_bands)
+                } else {
+                    let share = (parts * linear.rows()).div_ceil(features);
+                    Cut::Even(bands.div_ceil(share) * tile::ROWS)
+                };
                 let out = out.shape(rows, linear.rows());
-                Some(Strips::new(out, linear.rows(), bands * tile::ROWS))
+                Some(Strips::new(out, linear.rows(), cut))
             });
             self.pool.run(strips, |thread, (which, mut strip)| {
                 let task = tasks[which].expect("a strip belongs to a matrix");
@@ -194,7 +200,9 @@ impl Compute {
         let bands = columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS);
         if let ([row], Some(tiles)) = (inputs.rows, task.linear.by_band(bands.clone())) {
             // One token: nothing comes between the bands, whose tiles are read in one go.
-            let acc = at_least(&mut own.acc, bands.len());
+            // Room for all bands: whichever part a thread gets later, it need not grow.
+            let acc = at_least(&mut own.acc, task.linear.rows().div_ceil(tile::ROWS));
+            let acc = &mut acc[..bands.len()];
             // A code is a weight plus 1.
             acc.fill([-row.sum; tile::ROWS]);
             for (tiles, acc) in tiles.zip(&mut *acc) {

@@ -18,11 +18,17 @@ use bitnet_quant::packing::tile;
 
 use crate::arch::{Kernels, Tile};
 use crate::profile::Profile;
-use crate::threads::ThreadPool;
+use crate::threads::{Cut, ThreadPool};
 
 /// Elements (of a ternary product: columns of bands) below which waking other threads costs more
 /// than it saves.
 const SMALL: usize = 16_384;
+
+/// Most parts of an operation, for each thread.
+const PARTS_PER_THREAD: usize = 4;
+
+/// Bands in the last parts of a matrix: about 3 microseconds for one token at the speed of memory.
+const LEAST_BANDS: usize = 8;
 
 /// What the operations compute with.
 pub(crate) struct Compute {
@@ -141,7 +147,21 @@ impl Compute {
     /// a thread that is held up leaves its share to the others.
     fn parts(&self, elements: usize) -> usize {
         let threads = self.pool.threads();
-        if threads == 1 || elements < SMALL { 1 } else { (elements / SMALL * 2).min(4 * threads) }
+        if threads == 1 || elements < SMALL {
+            1
+        } else {
+            (elements / SMALL * 2).min(PARTS_PER_THREAD * threads)
+        }
+    }
+
+    /// How so many bands, each of `unit` numbers of the result, are shared out in an operation of so many
+    /// elements.
+    fn bands(&self, bands: usize, unit: usize, elements: usize) -> Cut {
+        let (parts, threads) = (self.parts(elements), self.pool.threads());
+        if threads > 1 && parts == PARTS_PER_THREAD * threads {
+            return Cut::Tapered { unit, least: LEAST_BANDS, threads };
+        }
+        Cut::Even(bands.div_ceil(parts) * unit)
     }
 }
 

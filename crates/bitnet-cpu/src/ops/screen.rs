@@ -11,7 +11,7 @@ use super::{Compute, ThreadScratch, at_least, count, lock};
 use crate::arch::HeadRow;
 use crate::buffer::Buffer;
 use crate::profile::Call;
-use crate::threads::Chunks;
+use crate::threads::{Chunks, Strips};
 
 #[derive(Default)]
 pub(super) struct Scratch {
@@ -79,10 +79,14 @@ impl Compute {
         let Scratch { inputs, upper, .. } = scratch;
         let bands = screen.rows().div_ceil(ROWS);
         upper.resize(bands * picks, [0.0; ROWS]);
-        let part = bands.div_ceil(self.parts(screen.rows() * screen.cols())).max(1);
         let inputs = &inputs[..picks];
-        self.pool.run(Chunks::new(upper, part * picks), |_, (index, upper)| {
-            self.kernels.upper_bounds(screen, index * part, inputs, upper);
+        let unit = picks * ROWS;
+        let cut = self.bands(bands, unit, screen.rows() * screen.cols());
+        let strips = Strips::new(upper.as_flattened_mut(), bands * unit, cut);
+        self.pool.run(strips, |_, mut strip| {
+            let first = strip.columns().start / unit;
+            let (upper, _) = strip.row(0).as_chunks_mut();
+            self.kernels.upper_bounds(screen, first, inputs, upper);
         });
         self.profile.note(start, || Call {
             bytes: screen.data().len(),

@@ -6,7 +6,7 @@ use super::{Compute, at_least, lock};
 use crate::arch::HeadRow;
 use crate::buffer::Buffer;
 use crate::profile::Call;
-use crate::threads::{Chunks, Strips};
+use crate::threads::{Chunks, Cut, Strips};
 
 /// Tokens whose inputs stay in the cache while the head's rows pass by.
 const TOKENS: usize = 16;
@@ -55,7 +55,7 @@ impl Compute {
         let (inputs, threads) = (&*inputs, &scratch.threads);
         let strip = vocabulary.div_ceil(self.parts(vocabulary * cols)).max(1);
         let out = out.shape(picks.len(), vocabulary);
-        self.pool.run(Strips::new(out, vocabulary, strip), |thread, mut strip| {
+        self.pool.run(Strips::new(out, vocabulary, Cut::Even(strip)), |thread, mut strip| {
             let mut own = lock(&threads[thread]);
             let decoded = at_least(&mut own.floats, cols);
             let mut logits = [0.0; TOKENS];
