@@ -1,144 +1,42 @@
 //! [`Engine`]: many requests on one model, for whoever asks. The loop that runs them is in
 //! `step_loop.rs`.
 
+mod options;
+mod statistics;
 mod step_loop;
 
 use std::collections::BTreeSet;
-use std::iter::{self, Sum};
+use std::iter;
 use std::mem;
 use std::path::Path;
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle, Thread};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use bitnet_core::backend::{KvLayout, KvType};
+use bitnet_core::backend::KvLayout;
 use bitnet_core::{Error as CoreError, Shortcuts};
 
 use crate::conversation::{self, ConversationError, Expected};
 use crate::error::Error;
 use crate::generate::FinishReason;
 use crate::grammar::{Constraint, ConstraintError, Grammar, Vocabulary};
-use crate::kv_cache::{BlockTable, KvCache, KvStatistics};
+use crate::kv_cache::{BlockTable, KvCache};
 use crate::masks::{Guide, MaskWorker};
 use crate::request::{Event, Finish, Overflow, Request, Usage};
 use crate::runner::Room;
 use crate::sampler::{Candidates, InvalidParameter, Sampler, SamplingParams};
-use crate::scheduler::{Limits, Places, Scheduler, SchedulerPolicy, Standing};
-use crate::session::{AnyDecoder, DEFAULT_CHUNK, check_tokens};
+use crate::scheduler::{Limits, Places, Scheduler, Standing};
+use crate::session::{AnyDecoder, check_tokens};
 use crate::speculation::draft::Draft;
 use crate::speculation::{Proposer, Speculating, Speculation};
 use crate::step_time::PromptShare;
 use crate::stream::TokenStream;
 use crate::telemetry::{Outcome, RequestMetrics, RequestTelemetry, StepMetrics};
+pub use options::EngineOptions;
+pub use statistics::EngineStatistics;
 pub(crate) use step_loop::{Active, Logits, Requests};
 use step_loop::{StepLoop, Submission};
-
-/// How an engine is set up. None of these changes a token, but the KV type.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct EngineOptions {
-    /// Step loops, each with the model's number of threads, and keys and values of its own. They
-    /// share the weights. A request goes to the one that has the fewest.
-    pub replicas: usize,
-    /// Sequences that run at once on each replica.
-    pub max_sequences: usize,
-    /// Most tokens per step, or one for each sequence if that is more.
-    pub step_tokens: usize,
-    /// Requests that may wait, at all replicas together, besides those that run.
-    pub queue: usize,
-    /// Most bytes of keys and values, those of a draft model included, of which each replica has an
-    /// equal part. Storage that was never used takes none.
-    pub kv_bytes: u64,
-    /// Storage of keys and values.
-    pub kv_type: KvType,
-    /// Tokens per KV block: prefixes are shared in whole blocks.
-    pub block_tokens: usize,
-    /// Who comes first among waiting requests of the same priority.
-    pub policy: SchedulerPolicy,
-    /// How long a step is to take in which prompts are read while others write; the tokens that prompts
-    /// get follow from what steps have taken. `None`: they get what is left of `step_tokens`.
-    pub target_step_time: Option<Duration>,
-}
-
-impl Default for EngineOptions {
-    fn default() -> Self {
-        EngineOptions {
-            replicas: 1,
-            max_sequences: 16,
-            step_tokens: DEFAULT_CHUNK,
-            queue: 256,
-            kv_bytes: 2_000_000_000,
-            kv_type: KvType::F32,
-            block_tokens: 16,
-            policy: SchedulerPolicy::default(),
-            target_step_time: None,
-        }
-    }
-}
-
-impl EngineOptions {
-    /// Refuses numbers that no engine can have. Room is made for all of them at the start, and each
-    /// step looks at every place, so that a slip of a few digits must not take all memory and time.
-    pub(crate) fn validate(&self) -> Result<(), InvalidParameter> {
-        for (name, value, possible, allowed) in [
-            ("the number of replicas", self.replicas, 1..=64, "1 to 64"),
-            ("the number of requests that run at once", self.max_sequences, 1..=4096, "1 to 4096"),
-            ("the number of tokens per step", self.step_tokens, 1..=65_536, "1 to 65536"),
-            ("the number of requests that may wait", self.queue, 0..=10_000, "0 to 10000"),
-            ("the number of tokens per KV block", self.block_tokens, 1..=4096, "1 to 4096"),
-        ] {
-            if !possible.contains(&value) {
-                return Err(InvalidParameter { name, value: value.to_string(), allowed });
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What an engine has done and what it is doing.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct EngineStatistics {
-    /// Sequences that take part in steps.
-    pub running: usize,
-    /// Sequences that wait for a place or for blocks.
-    pub waiting: usize,
-    /// Steps since the start.
-    pub steps: u64,
-    /// Tokens computed in these steps, proposed ones included.
-    pub computed_tokens: u64,
-    /// Of those, tokens of prompts, and of outputs that were computed anew.
-    pub prefill_tokens: u64,
-    /// Tokens generated.
-    pub output_tokens: u64,
-    /// Tokens that speculation proposed.
-    pub proposed_tokens: u64,
-    /// Of those, tokens that came.
-    pub accepted_tokens: u64,
-    /// How often a sequence gave up its blocks, to be computed anew.
-    pub preemptions: u64,
-    /// The KV blocks.
-    pub kv: KvStatistics,
-    /// Those of the draft model; all zero without one.
-    pub draft_kv: KvStatistics,
-}
-
-impl Sum for EngineStatistics {
-    fn sum<I: Iterator<Item = Self>>(all: I) -> Self {
-        all.fold(EngineStatistics::default(), |sum, more| EngineStatistics {
-            running: sum.running + more.running,
-            waiting: sum.waiting + more.waiting,
-            steps: sum.steps + more.steps,
-            computed_tokens: sum.computed_tokens + more.computed_tokens,
-            prefill_tokens: sum.prefill_tokens + more.prefill_tokens,
-            output_tokens: sum.output_tokens + more.output_tokens,
-            preemptions: sum.preemptions + more.preemptions,
-            kv: [sum.kv, more.kv].into_iter().sum(),
-            draft_kv: [sum.draft_kv, more.draft_kv].into_iter().sum(),
-            proposed_tokens: sum.proposed_tokens + more.proposed_tokens,
-            accepted_tokens: sum.accepted_tokens + more.accepted_tokens,
-        })
-    }
-}
 
 /// Runs requests on one model. Clones share the same engine; its threads end with the last of them
 /// and of their streams. The last clone waits for them if no stream is left; a stream never does.

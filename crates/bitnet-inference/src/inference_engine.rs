@@ -1,11 +1,11 @@
 //! [`InferenceEngine`]: a model and an engine behind one door, text in and text out.
 
+mod answer;
+
 use std::ops::ControlFlow;
 use std::path::Path;
-use std::pin::Pin;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
-use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bitnet_core::Device;
@@ -27,6 +27,8 @@ use crate::request::{Overflow, Request};
 use crate::sampler::SamplingParams;
 use crate::speculation::Speculation;
 use crate::stream::block_on;
+pub use answer::Answer;
+use answer::whole;
 
 /// For whoever wants the whole of a generation: nobody reads it meanwhile, and it need not pause.
 const WHOLE: StreamingConfig =
@@ -72,30 +74,6 @@ impl Default for GenerationParams {
             speculation: None,
             overflow: Overflow::default(),
         }
-    }
-}
-
-/// A result that is on its way: `.await` it, or [`wait`](Answer::wait) for it. Dropping it cancels
-/// what was asked.
-#[must_use = "an answer that is dropped is cancelled"]
-pub struct Answer<T>(Pin<Box<dyn Future<Output = Result<T, Error>> + Send>>);
-
-impl<T> Answer<T> {
-    fn new(future: impl Future<Output = Result<T, Error>> + Send + 'static) -> Self {
-        Answer(Box::pin(future))
-    }
-
-    /// Waits for the result: for code without `async`.
-    pub fn wait(self) -> Result<T, Error> {
-        block_on(self)
-    }
-}
-
-impl<T> Future for Answer<T> {
-    type Output = Result<T, Error>;
-
-    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
-        self.0.as_mut().poll(context)
     }
 }
 
@@ -637,40 +615,6 @@ impl Loaded {
             Ok(logits.expect("the sampler gets logits before a token comes"))
         })
     }
-}
-
-impl<T: Send + 'static> Answer<T> {
-    fn failed(error: Error) -> Self {
-        Answer::new(async { Err(error) })
-    }
-}
-
-impl From<Result<InferenceStream, Error>> for Answer<Generation> {
-    /// The whole of a stream.
-    fn from(stream: Result<InferenceStream, Error>) -> Self {
-        Answer::new(async move { whole(&mut stream?).await })
-    }
-}
-
-/// The whole of a stream.
-async fn whole(stream: &mut InferenceStream) -> Result<Generation, Error> {
-    let mut generation = Generation::empty();
-    let mut first = None;
-    while let Some(event) = stream.next().await {
-        let event = event?;
-        generation.text.push_str(&event.text);
-        for token in event.tokens {
-            let first = *first.get_or_insert(token.time);
-            generation.prompt_time = first - stream.start_time();
-            generation.decode_time = token.time - first;
-            generation.tokens.push(token.id);
-            generation.logprobs.extend(token.logprobs);
-        }
-        if let Some(finish) = event.finish {
-            generation.finish_reason = finish.reason;
-        }
-    }
-    Ok(generation)
 }
 
 /// The greedy continuation of a text by a model, which is loaded for it: one line for scripts. Waits.

@@ -1,5 +1,6 @@
 //! The scheduler with a hash in place of the model.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bitnet_testing::Random;
@@ -21,12 +22,6 @@ fn alone(prompt: &[u32], count: usize) -> Vec<u32> {
         key = hash(key, token);
     }
     tokens
-}
-
-impl Places {
-    fn taken(&self) -> usize {
-        self.taken.load(Ordering::Relaxed)
-    }
 }
 
 /// What a request is to become.
@@ -191,7 +186,7 @@ fn random_requests_in_little_memory_get_the_tokens_they_get_alone() {
         let mut pauses = 0;
         for _ in 0..2_000 {
             match random.below(10) {
-                0..=2 if engine.places.taken() < engine.places.limit => {
+                0..=2 if engine.places.taken() < engine.places.limit() => {
                     let most = (block_tokens * blocks).min(30);
                     let prompt: Vec<u32> =
                         (0..1 + random.below(most - 1)).map(|_| random.below(3) as u32).collect();

@@ -157,9 +157,10 @@ unsafe fn add_line(
     let (ahead, _) = ahead.as_chunks::<QUAD>();
     for ((starts, ahead), values) in starts.iter().zip(ahead).zip(values) {
         ahead.iter().for_each(|ahead| prefetch_second(ahead.wrapping_add(at)));
-        // SAFETY: a line of each of these columns.
-        let [a, b, c, d] =
-            starts.map(|column| unsafe { _mm512_loadu_si512(column.wrapping_add(at).cast()) });
+        let [a, b, c, d] = starts.map(|column| {
+            // SAFETY: a line of each of these columns.
+            unsafe { _mm512_loadu_si512(column.wrapping_add(at).cast()) }
+        });
         let (ab, cd) = (_mm512_unpacklo_epi8(a, b), _mm512_unpacklo_epi8(c, d));
         let (ab_high, cd_high) = (_mm512_unpackhi_epi8(a, b), _mm512_unpackhi_epi8(c, d));
         let mut codes = [
