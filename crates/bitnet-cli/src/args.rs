@@ -16,7 +16,7 @@ pub use batch::{BatchArgs, InputFormat, OutputFormat};
 pub use bench::{BenchArgs, BenchFormat};
 pub use chat::ChatArgs;
 pub use config::ConfigArgs;
-pub use convert::{ConvertArgs, HeadChoice, PackingChoice, TargetFormat};
+pub use convert::{ConvertArgs, HeadChoice, LayoutChoice, PackingChoice, TargetFormat};
 pub use eval::EvalArgs;
 pub use hub::{ListArgs, PullArgs, RmArgs};
 pub use perplexity::PerplexityArgs;

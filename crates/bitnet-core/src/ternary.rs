@@ -194,13 +194,15 @@ pub enum LinearUse {
     SparseInputs,
 }
 
-/// In which order the words of tiles lie; `bitnet-quant`'s `packing::tile` describes both.
+/// How tiles lie; `bitnet-quant`'s `packing::tile` describes each layout.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TileOrder {
+pub enum TileLayout {
     /// Tile after tile: sixteen rows side by side.
     Bands,
     /// Row after row: each row's share of its tiles together.
     Rows,
+    /// Bands of fewer bytes: three weights in 5 bits.
+    Triples,
 }
 
 /// A ternary matrix in the layout of the CPU kernels, usually mapped from a file.
@@ -209,7 +211,7 @@ pub struct TiledMatrix {
     rows: usize,
     cols: usize,
     scale: WeightScale,
-    order: TileOrder,
+    layout: TileLayout,
     tiles: Bytes,
     columns: Option<Bytes>,
 }
@@ -224,12 +226,12 @@ impl TiledMatrix {
         rows: usize,
         cols: usize,
         scale: WeightScale,
-        order: TileOrder,
+        layout: TileLayout,
         tiles: Bytes,
         columns: Option<Bytes>,
     ) -> Result<Self, Error> {
         scale.check(rows, cols)?;
-        Ok(TiledMatrix { rows, cols, scale, order, tiles, columns })
+        Ok(TiledMatrix { rows, cols, scale, layout, tiles, columns })
     }
 
     /// Output features.
@@ -248,8 +250,8 @@ impl TiledMatrix {
     }
 
     /// How `tiles` lie.
-    pub fn order(&self) -> TileOrder {
-        self.order
+    pub fn layout(&self) -> TileLayout {
+        self.layout
     }
 
     /// The weights in tiles.

@@ -153,7 +153,9 @@ impl Backend for CpuBackend {
         precision: ActivationPrecision,
         usage: LinearUse,
     ) -> Result<Linear, Error> {
-        Linear::new(&tile::tiled(matrix, precision, usage, self.copies)?, precision)
+        let reader =
+            tile::Reader { copies: self.copies, triples: self.compute.kernels.take_triples() };
+        Linear::new(&tile::tiled(matrix, precision, usage, reader)?, precision)
     }
 
     fn load_tiled(

@@ -45,6 +45,15 @@ impl Isa {
         parsed.map(Some).map_err(|error| unavailable(format!("{}: {error}", Isa::VARIABLE)))
     }
 
+    /// Whether the level, or the best one, decodes faster from weights in triples
+    /// ([`TileLayout::Triples`](bitnet_core::TileLayout::Triples)) than from two bits each.
+    ///
+    /// # Errors
+    /// If this CPU does not have the level.
+    pub fn takes_triples(isa: Option<Isa>) -> Result<bool, Error> {
+        Ok(Isa::kernels(isa)?.take_triples())
+    }
+
     /// Kernels of the level asked for, or of the best one.
     pub(crate) fn kernels(asked: Option<Isa>) -> Result<&'static Kernels, Error> {
         let detected = Isa::detected();

@@ -1,13 +1,13 @@
 //! A ternary matrix as the kernels want it.
 
 use bitnet_core::backend::{ActivationPrecision, Weigh};
-use bitnet_core::{DType, Error, TileOrder, TiledMatrix, WeightBytes, WeightScale};
-use bitnet_quant::packing::tile;
+use bitnet_core::{DType, Error, TileLayout, TiledMatrix, WeightBytes, WeightScale};
+use bitnet_quant::packing::tile::{self, Tile};
 use bytes::Bytes;
 
 use std::ops::Range;
 
-use crate::arch::{Kernels, OutputScale, Tile};
+use crate::arch::{Band, Kernels, OutputScale};
 
 /// The widest matrix whose sums of code times activation, at most 2 * 128 each, fit 32 bits.
 const MOST_COLUMNS: usize = (i32::MAX / 256) as usize;
@@ -19,7 +19,7 @@ pub struct Linear {
     cols: usize,
     /// See [`bitnet_quant::packing::tile`].
     tiles: Bytes,
-    order: TileOrder,
+    layout: TileLayout,
     columns: Option<Bytes>,
     pub(crate) scale: Scale,
     pub(crate) precision: ActivationPrecision,
@@ -84,7 +84,7 @@ impl Linear {
             }
         };
         let (tiles, columns) = (matrix.tiles().clone(), matrix.columns().cloned());
-        Ok(Linear { rows, cols, tiles, order: matrix.order(), columns, scale, precision })
+        Ok(Linear { rows, cols, tiles, layout: matrix.layout(), columns, scale, precision })
     }
 
     /// Output features.
@@ -102,23 +102,49 @@ impl Linear {
         self.tiles.len()
     }
 
-    /// The tiles of sixteen rows, which a matrix in row order gets put together in `room`.
+    /// The bytes of some bands, if these lie one after another.
+    fn band_bytes(&self, bands: Range<usize>) -> &[u8] {
+        let len = tile::band_len(self.layout, self.cols).expect("a band is no longer than all");
+        &self.tiles[bands.start * len..bands.end * len]
+    }
+
+    /// A band for the kernels. One that they do not take as it lies is put together in `room`.
     pub(crate) fn band<'a>(
         &'a self,
         band: usize,
         kernels: &Kernels,
         room: &'a mut Vec<Tile>,
-    ) -> &'a [Tile] {
-        let len = tile::tiles_per_band(self.cols);
-        let bytes = &self.tiles[band * len * tile::BYTES..][..len * tile::BYTES];
-        match self.order {
-            TileOrder::Bands => bytes.as_chunks().0,
-            TileOrder::Rows => {
-                room.resize(len, [0; tile::BYTES]);
-                kernels.band_of_rows(bytes, room);
-                room
+    ) -> Band<'a> {
+        let bytes = self.band_bytes(band..band + 1);
+        if self.is_taken_by(kernels) {
+            return self.as_it_lies(bytes);
+        }
+        room.resize(tile::tiles_per_band(self.cols), [0; tile::BYTES]);
+        match self.layout {
+            TileLayout::Bands | TileLayout::Rows => kernels.band_of_rows(bytes, room),
+            TileLayout::Triples => {
+                kernels.unpack_band(tile::blocks_and_tiles(bytes, self.cols), room);
             }
         }
+        Band { blocks: &[], tiles: room }
+    }
+
+    /// Whether these kernels take bands as they lie.
+    fn is_taken_by(&self, kernels: &Kernels) -> bool {
+        match self.layout {
+            TileLayout::Bands => true,
+            TileLayout::Rows => false,
+            TileLayout::Triples => self.exact() && kernels.take_triples(),
+        }
+    }
+
+    /// The bytes of a band as kernels take them.
+    fn as_it_lies<'a>(&self, bytes: &'a [u8]) -> Band<'a> {
+        let (blocks, tiles) = match self.layout {
+            TileLayout::Triples => tile::blocks_and_tiles(bytes, self.cols),
+            TileLayout::Bands | TileLayout::Rows => (&[][..], bytes.as_chunks().0),
+        };
+        Band { blocks, tiles }
     }
 
     /// Whether outputs are made of one exact integer sum each, which may leave zeros out.
@@ -136,19 +162,22 @@ impl Linear {
         }
     }
 
-    /// The tiles of band after band, if that is how the matrix lies and outputs are made of one sum
-    /// each.
-    pub(crate) fn by_band(&self, bands: Range<usize>) -> Option<impl Iterator<Item = &[Tile]>> {
-        let fits = self.order == TileOrder::Bands && self.exact();
-        let len = tile::tiles_per_band(self.cols);
-        let (tiles, _) = self.tiles.as_chunks();
-        fits.then(|| tiles[bands.start * len..bands.end * len].chunks_exact(len))
+    /// Band after band, if the kernels take them as they lie and outputs are made of one sum each.
+    pub(crate) fn by_band(
+        &self,
+        bands: Range<usize>,
+        kernels: &Kernels,
+    ) -> Option<impl Iterator<Item = Band<'_>>> {
+        let fits = self.exact() && self.is_taken_by(kernels);
+        let bytes = self.band_bytes(bands.clone());
+        let len = (bytes.len() / bands.len().max(1)).max(1);
+        fits.then(|| bytes.chunks_exact(len).map(|band| self.as_it_lies(band)))
     }
 
     /// All rows one after another and the bytes of each, if that is how the matrix lies and rows may
     /// be computed by themselves.
     pub(crate) fn by_row(&self) -> Option<(&[u8], usize)> {
-        let fits = self.order == TileOrder::Rows && self.exact();
+        let fits = self.layout == TileLayout::Rows && self.exact();
         fits.then(|| (&self.tiles[..], 4 * tile::tiles_per_band(self.cols)))
     }
 

@@ -50,7 +50,14 @@ fn session_tokens(model: &Model) -> Vec<u32> {
 fn native(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.bitnet");
     let checkpoint = source::open("tiny").unwrap();
-    convert::to(&checkpoint, &path, &Target::Native, Options::default(), |_, _| {}).unwrap();
+    convert::to(
+        &checkpoint,
+        &path,
+        &Target::Native { triples: true },
+        Options::default(),
+        |_, _| {},
+    )
+    .unwrap();
     path
 }
 

@@ -28,8 +28,14 @@ impl Files {
         let convert = |model: &str, name: &str| {
             let path = folder.path().join(name);
             let checkpoint = source::open(model).unwrap();
-            convert::to(&checkpoint, &path, &Target::Native, Options::default(), |_, _| {})
-                .unwrap();
+            convert::to(
+                &checkpoint,
+                &path,
+                &Target::Native { triples: true },
+                Options::default(),
+                |_, _| {},
+            )
+            .unwrap();
             path
         };
         let story = convert("tiny", "story.bitnet");

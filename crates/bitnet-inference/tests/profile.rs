@@ -1,8 +1,10 @@
 //! The profile counts what a run has read and multiplied.
 
-use bitnet_core::{OperationProfile, Shortcuts};
+use bitnet_core::{OperationProfile, Shortcuts, TileLayout};
+use bitnet_cpu::Isa;
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::weights;
+use bitnet_quant::packing::tile;
 
 fn opened(profile: bool, shortcuts: Shortcuts) -> Model {
     let options = ModelOptions {
@@ -40,10 +42,23 @@ fn every_weight_is_counted_once_per_step_and_every_product_once_per_token() {
     let config = model.config();
     let ternary = weights::ternary_weights(config);
     let profile = profile(&model);
+    // As the matrices lie.
+    let layout = match Isa::takes_triples(None).unwrap() {
+        true => TileLayout::Triples,
+        false => TileLayout::Bands,
+    };
+    let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
+    let (heads, kv) = (config.heads * config.head_size, config.kv_heads * config.head_size);
+    let dense = [(heads, hidden), (kv, hidden), (kv, hidden), (hidden, heads)];
+    let matrices = dense.into_iter().chain([(intermediate, hidden), (hidden, intermediate)]);
+    let matrices = matrices.map(|shape| (layout, shape));
+    let matrices = matrices.chain([(TileLayout::Rows, (intermediate, hidden))]);
+    let bytes_of = |(layout, (rows, cols))| tile::byte_len(layout, rows, cols).unwrap() as u64;
+    let weight_bytes = config.layers.len() as u64 * matrices.map(bytes_of).sum::<u64>();
     let products = ["linears", "gate and up"];
     for (single_row, steps, tokens) in [(false, 1, 5), (true, 2, 2)] {
         let bytes = sum(&profile, single_row, &products, |p| p.bytes);
-        assert_eq!(bytes, steps * ternary / 4);
+        assert_eq!(bytes, steps * weight_bytes);
         assert_eq!(sum(&profile, single_row, &products, |p| p.macs), tokens * ternary);
     }
     // Tokens 1 to 5 see 1 to 5 tokens, the others 6 and 7.

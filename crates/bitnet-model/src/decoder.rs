@@ -188,6 +188,12 @@ impl<B: Backend> Decoder<B> {
         tables.chain(screen).chain([final_norm.weight_bytes()]).chain(layers).sum()
     }
 
+    /// Bytes of the gates' matrices of all layers, which no shortcut lays out in a way of its own.
+    pub fn gate_bytes(&self) -> u64 {
+        let gates = self.weights.layers.iter().map(|layer| &layer.ffn.gate.weight);
+        gates.map(|gate| gate.weight_bytes().total()).sum()
+    }
+
     /// Layout of the keys and values of all layers.
     pub fn kv_layout(&self, kv_type: KvType, block_tokens: usize) -> KvLayout {
         self.config().kv_layout(kv_type, block_tokens)

@@ -153,8 +153,14 @@ fn native_seed() -> Seed {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("m.bitnet");
     let tiny = source::open(source::TINY).unwrap();
-    convert::to(&tiny, &path, &convert::Target::Native, convert::Options::default(), |_, _| ())
-        .unwrap();
+    convert::to(
+        &tiny,
+        &path,
+        &convert::Target::Native { triples: true },
+        convert::Options::default(),
+        |_, _| (),
+    )
+    .unwrap();
     let bytes = std::fs::read(path).unwrap();
     let place = |text: &[u8]| bytes.windows(text.len()).position(|w| w == text).unwrap();
     let (digests, table) = (place(b"sha256:"), place(b"\"tokenizer.bytes\""));

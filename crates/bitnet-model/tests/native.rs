@@ -45,7 +45,7 @@ fn write_tiny(folder: &Path) -> PathBuf {
     convert::to(
         &source::open(TINY).unwrap(),
         &path,
-        &Target::Native,
+        &Target::Native { triples: true },
         Options::default(),
         |_, _| (),
     )
@@ -98,13 +98,17 @@ fn comparable(config: &ModelConfig, vocab_size: usize) -> ModelConfig {
 }
 
 fn assert_comes_back(name: &str, before: &Checkpoint) {
+    for triples in [false, true] {
+        assert_comes_back_from(&Target::Native { triples }, name, before);
+    }
+}
+
+fn assert_comes_back_from(target: &Target, name: &str, before: &Checkpoint) {
     let folder = folder();
     let path = folder.path().join("model.bitnet");
     let mut told = Vec::new();
-    convert::to(before, &path, &Target::Native, Options::default(), |done, all| {
-        told.push((done, all))
-    })
-    .unwrap();
+    convert::to(before, &path, target, Options::default(), |done, all| told.push((done, all)))
+        .unwrap();
     let all = told[0].1;
     assert_eq!(told, (1..=all).map(|done| (done, all)).collect::<Vec<_>>(), "{name}");
     let after = open(&path).unwrap();
@@ -126,7 +130,7 @@ fn assert_comes_back(name: &str, before: &Checkpoint) {
 
     // Converting what is native already gives the same bytes, and so does converting again.
     let again = folder.path().join("again");
-    convert::to(&after, &again, &Target::Native, Options::default(), |_, _| ()).unwrap();
+    convert::to(&after, &again, target, Options::default(), |_, _| ()).unwrap();
     assert!(fs::read(&path).unwrap() == fs::read(&again).unwrap(), "{name}: other bytes");
 }
 
@@ -219,11 +223,29 @@ fn refused(path: &Path, words: &str) {
 }
 
 #[test]
+fn version_2_which_knew_no_triples_is_read() {
+    let folder = folder();
+    let before = source::open(TINY).unwrap();
+    let path = folder.path().join("tiny.bitnet");
+    let target = Target::Native { triples: false };
+    convert::to(&before, &path, &target, Options::default(), |_, _| ()).unwrap();
+    let bytes = fs::read(&path).unwrap();
+    let at = bytes.windows(13).position(|window| window == br#""version":"3""#).unwrap();
+    let older = [&bytes[..at], br#""version":"2""#, &bytes[at + 13..]].concat();
+    fs::write(&path, older).unwrap();
+    assert!(results(&open(&path).unwrap()).0 == results(&before).0);
+}
+
+#[test]
 fn other_versions_and_broken_descriptions_are_refused() {
     let folder = folder();
     let folder = folder.path();
     for (from, to, words) in [
-        (r#""version":"2""#, r#""version":"1""#, "version `1` and this program reads version 2"),
+        (
+            r#""version":"3""#,
+            r#""version":"1""#,
+            "version `1` and this program reads versions 2 and 3",
+        ),
         (r#"\"kv_heads\":2"#, r#"\"kv_heads\":3"#, "4 heads of 64 for 3 key/value heads"),
         (r#"\"kv_heads\":2"#, r#"\"kv_heads\":0"#, "`kv_heads` 0: 1 to 4 are possible"),
         (r#"\"rope\":0"#, r#"\"rope\":1"#, "layer 0 is impossible"),
@@ -278,7 +300,7 @@ fn a_conversion_that_ends_early_leaves_what_was_there() {
     convert::to(
         &source::open(TINY).unwrap(),
         &path,
-        &Target::Native,
+        &Target::Native { triples: true },
         Options::default(),
         |_, _| {
             // Ending here leaves this file.
@@ -296,8 +318,14 @@ fn a_conversion_that_ends_early_leaves_what_was_there() {
     let mut broken = source::open(TINY).unwrap();
     broken.description.config.layers.push(broken.description.config.layers[0]);
     fs::write(&part, b"left by an interrupted conversion").unwrap();
-    let error =
-        convert::to(&broken, &path, &Target::Native, Options::default(), |_, _| ()).unwrap_err();
+    let error = convert::to(
+        &broken,
+        &path,
+        &Target::Native { triples: true },
+        Options::default(),
+        |_, _| (),
+    )
+    .unwrap_err();
     assert!(error.to_string().contains("`layers.4."), "{error}");
     assert!(fs::read(&path).unwrap() == before && !part.exists());
 }

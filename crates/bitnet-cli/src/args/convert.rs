@@ -44,6 +44,14 @@ pub enum HeadChoice {
     F32,
 }
 
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum LayoutChoice {
+    /// Two bits per weight
+    Bands,
+    /// Five bits for three weights: faster on processors with AVX-512 VBMI, slower on others
+    Triples,
+}
+
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A .bitnet file has everything in one: weights as the processor reads them, the
@@ -79,6 +87,10 @@ pub struct ConvertArgs {
     /// [default: as they are]
     #[arg(long, value_enum, value_name = "TYPE")]
     pub head: Option<HeadChoice>,
+
+    /// How weights lie in a .bitnet file, which any processor runs [default: as this one is fastest]
+    #[arg(long, value_enum, value_name = "LAYOUT")]
+    pub layout: Option<LayoutChoice>,
 
     /// Run a prompt through both models and compare the results
     #[arg(long)]

@@ -3,11 +3,18 @@
 
 use std::arch::x86_64::*;
 
-use super::avx2;
 use super::parts::*;
+use super::{avx2, triples};
 
-/// The kernels, if this CPU has the instructions.
+/// The kernels, if this CPU has the instructions: those that take triples where it has VBMI too.
 pub(super) fn kernels() -> Option<&'static Kernels> {
+    static WITH_TRIPLES: Kernels = Kernels { triples_int8: Some(triples::ternary_int8), ..KERNELS };
+    let plain = without_triples()?;
+    Some(if is_x86_feature_detected!("avx512vbmi") { &WITH_TRIPLES } else { plain })
+}
+
+/// The kernels of CPUs without VBMI, such as Cascade Lake.
+pub(super) fn without_triples() -> Option<&'static Kernels> {
     let detected = avx2::detected()
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
@@ -166,7 +173,7 @@ impl Lanes for Sixteen {
 /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()` tokens `t`.
 #[target_feature(enable = "avx512f,avx512bw,avx512vnni")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
-    let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+    let (q, next) = (q.as_ptr(), (tiles.as_ptr_range().end, tiles.len()));
     passes::in_passes(tiles, next, q, stride, acc, 8, |tiles, q, stride, acc| {
         // SAFETY: the elements are those of these tokens, by the contract of this function.
         unsafe {

@@ -73,7 +73,7 @@ unsafe fn ternary_int8<const VEX: bool>(
     stride: usize,
     acc: &mut [[i32; tile::ROWS]],
 ) {
-    let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+    let (q, next) = (q.as_ptr(), (tiles.as_ptr_range().end, tiles.len()));
     passes::in_passes(tiles, next, q, stride, acc, TOKENS_PER_PASS, |tiles, q, stride, acc| {
         // SAFETY: the elements are those of these tokens, by the contract of this function.
         unsafe {

@@ -6,7 +6,7 @@
 //! make all copies give the same bits. [`attention`] and the output head ([`head`]) are written once
 //! too, but over vectors that each instruction set brings ([`lanes`]). Only the integer product of
 //! ternary weights, whose instructions no compiler finds by itself, is written by hand for each;
-//! [`sparse`] has the products of chosen rows or columns alone, [`screen`] those of the screened
+//! [`triples`] has that of weights in fewer bits, [`sparse`] has the products of chosen rows or columns alone, [`screen`] those of the screened
 //! output head.
 //!
 //! [`Kernels`] is the table of one instruction set. A table is handed out only by
@@ -30,11 +30,13 @@ mod passes;
 mod scalar;
 mod screen;
 mod sparse;
+#[cfg(target_arch = "x86_64")]
+mod triples;
 
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
 use bitnet_quant::activation::QuantizedRow;
-use bitnet_quant::packing::tile;
+use bitnet_quant::packing::tile::{self, Block, Tile};
 
 use crate::Isa;
 
@@ -43,10 +45,17 @@ pub(crate) use generic::{BandScale, OutputScale};
 pub(crate) use head::HeadRow;
 pub(crate) use sparse::{planes_len, spread};
 
-/// One tile of ternary weights (see [`bitnet_quant::packing::tile`]).
-pub(crate) type Tile = [u8; tile::BYTES];
+/// The weights of sixteen rows (see [`bitnet_quant::packing::tile`]): blocks of triples, if there are any,
+/// and then tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct Band<'a> {
+    pub(crate) blocks: &'a [Block],
+    pub(crate) tiles: &'a [Tile],
+}
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
+type TriplesInt8 = unsafe fn(Band<'_>, &[i8], usize, &mut [[i32; tile::ROWS]]);
+type UnpackBand = unsafe fn((&[Block], &[Tile]), &mut [Tile]);
 type NormQuantize = unsafe fn(&[f32], &[f32], f32, &mut [f32], &mut [i8]) -> QuantizedRow;
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
 
@@ -93,6 +102,8 @@ pub(crate) struct Kernels {
     /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.
     pub(crate) name: &'static str,
     ternary_int8: TernaryInt8,
+    triples_int8: Option<TriplesInt8>,
+    unpack_band: UnpackBand,
     upper_bounds: screen::UpperBounds,
     ternary_f32: TernaryF32,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
@@ -132,25 +143,37 @@ impl Kernels {
         }
     }
 
-    /// `acc[t][r] += sum over k of code(r, k) * q[t * stride + k]`, exactly, for the 16 rows of a
-    /// band and the columns of `tiles`; a code is a weight plus 1, so that sums of weights come out
-    /// where `acc[t]` held minus the sum of `q[t * stride + k]`. Columns of padding must meet
-    /// zeros in `q`.
+    /// Whether [`ternary_int8`](Kernels::ternary_int8) takes bands with blocks of triples, which is
+    /// worth it where looking weights up is faster than reading more bytes.
+    pub(crate) fn take_triples(&self) -> bool {
+        self.triples_int8.is_some()
+    }
+
+    /// `acc[t][r] += sum over k of code(r, k) * q[t * stride + k]`, exactly, for the 16 rows and all
+    /// columns of a band; a code is a weight plus 1, so that sums of weights come out where `acc[t]`
+    /// held minus the sum of `q[t * stride + k]`. Columns of padding must meet zeros in `q`.
     ///
     /// # Panics
-    /// If `q` is too short.
+    /// If `q` is too short, or the band has blocks that these kernels do not take.
     pub(crate) fn ternary_int8(
         &self,
-        tiles: &[Tile],
+        band: Band<'_>,
         q: &[i8],
         stride: usize,
         acc: &mut [[i32; tile::ROWS]],
     ) {
         let Some(last) = acc.len().checked_sub(1) else { return };
-        assert!(last * stride + tiles.len() * tile::COLS <= q.len());
-        // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that the
-        // kernels read, as just checked.
-        unsafe { (self.ternary_int8)(tiles, q, stride, acc) }
+        let Band { blocks, tiles } = band;
+        let columns = blocks.len() * tile::BLOCK_COLS + tiles.len() * tile::COLS;
+        assert!(last * stride + columns <= q.len());
+        if blocks.is_empty() {
+            // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that
+            // the kernels read, as just checked.
+            return unsafe { (self.ternary_int8)(tiles, q, stride, acc) };
+        }
+        let triples_int8 = self.triples_int8.expect("kernels that take triples");
+        // SAFETY: as above.
+        unsafe { triples_int8(band, q, stride, acc) }
     }
 
     /// `sums[t][r] = sum over k of weight(r, k) * x[t * stride + k]` in four accumulators by
@@ -186,6 +209,8 @@ macro_rules! methods {
 }
 
 methods! {
+    /// [`tile::unpack_band`].
+    unpack_band(band: (&[Block], &[Tile]), tiles: &mut [Tile]);
     /// [`bitnet_core::numerics::rms_norm`].
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
     /// [`bitnet_quant::activation::quantize_row`].
@@ -245,6 +270,10 @@ macro_rules! instantiate {
         $(#[$features])?
         fn ternary_f32(tiles: &[Tile], x: &[f32], stride: usize, sums: &mut [[f32; tile::ROWS]]) {
             generic::ternary_f32(tiles, x, stride, sums);
+        }
+        $(#[$features])?
+        fn unpack_band(band: (&[Block], &[Tile]), tiles: &mut [Tile]) {
+            tile::unpack_band(band, tiles);
         }
         $(#[$features])?
         fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -332,6 +361,8 @@ macro_rules! instantiate {
         pub(super) static KERNELS: Kernels = Kernels {
             name: $name,
             ternary_int8: $ternary_int8,
+            triples_int8: None,
+            unpack_band,
             upper_bounds: $upper_bounds,
             ternary_f32,
             rms_norm,
@@ -361,8 +392,8 @@ mod parts {
     pub(super) use super::attention::{self, Attention, Room};
     pub(super) use super::lanes::Lanes;
     pub(super) use super::{
-        BandScale, HeadRow, Kernels, OutputScale, Tile, generic, head, instantiate, passes, screen,
-        sparse, tile,
+        BandScale, Block, HeadRow, Kernels, OutputScale, Tile, generic, head, instantiate, passes,
+        screen, sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;
@@ -381,7 +412,10 @@ mod tests {
         let variants = neon::variants()
             .map(|(kernels, detected)| (kernels.name.to_owned(), detected.then_some(kernels)));
         #[cfg(target_arch = "x86_64")]
-        let variants = [("avx512 in place of avxvnni".to_owned(), avxvnni::stand_in())];
+        let variants = [
+            ("avx512 in place of avxvnni".to_owned(), avxvnni::stand_in()),
+            ("avx512 without triples".to_owned(), avx512::without_triples()),
+        ];
         #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
         let variants: [(String, Option<&Kernels>); 0] = [];
         let tables = levels.into_iter().chain(variants);
@@ -393,6 +427,10 @@ mod tests {
                 kernels
             })
             .collect()
+    }
+
+    fn band(tiles: &[Tile]) -> Band<'_> {
+        Band { blocks: &[], tiles }
     }
 
     fn exact(tiles: &[Tile], q: &[i8]) -> [i32; 16] {
@@ -417,7 +455,7 @@ mod tests {
                     for tokens in [1, 2, 3, 4, 5, 7, 8, 9, 13] {
                         let q = vec![fill; count * 16 * tokens];
                         let mut acc = vec![[-3; 16]; tokens];
-                        kernels.ternary_int8(&tiles, &q, count * 16, &mut acc);
+                        kernels.ternary_int8(band(&tiles), &q, count * 16, &mut acc);
                         let all = 2 * i32::from(fill) * (count * 16) as i32 - 3;
                         assert_eq!(acc, vec![[all; 16]; tokens], "{} {count}", kernels.name);
                     }
@@ -450,8 +488,65 @@ mod tests {
                     (0..tokens).map(|t| exact(&tiles, &q[t * stride..][..count * 16])).collect();
                 for kernels in &all {
                     let mut acc = vec![[0; 16]; tokens];
-                    kernels.ternary_int8(&tiles, &q, stride, &mut acc);
+                    kernels.ternary_int8(band(&tiles), &q, stride, &mut acc);
                     assert_eq!(acc, expected, "{}, {tokens} tokens, {count} tiles", kernels.name);
+                }
+            }
+        }
+    }
+
+    /// A block of the same triple everywhere, and one of random bytes: numbers that are no triples have
+    /// codes too, the same as where they are unpacked.
+    #[test]
+    fn sums_of_triples_are_those_of_their_tiles() {
+        let mut state = 7u32;
+        let mut next = move || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            state >> 16
+        };
+        let all = all_kernels();
+        for count in [1, 2, 3, 26, 72] {
+            // All triples 26: 2 in the low three bits of the three that lie across lines, and 3 above.
+            let high = [2 << 5, 0b111 << 5, 2 << 5, 0b111 << 5, 2 << 5];
+            let fullest: Block = std::array::from_fn(|i| 26 | high[i / tile::LINE]);
+            let fullest_tiles = [[0b10_10_10_10; tile::BYTES]; tile::BLOCK_TILES];
+            let mut unpacked = fullest_tiles.map(|_| [0; tile::BYTES]);
+            tile::unpack_band((&[fullest], &[]), &mut unpacked);
+            assert_eq!(unpacked, fullest_tiles);
+            let random: Vec<Block> =
+                (0..count).map(|_| std::array::from_fn(|_| next() as u8)).collect();
+            for (blocks, fill) in [
+                (random, None),
+                (vec![fullest; count], Some(127)),
+                (vec![fullest; count], Some(-128)),
+            ] {
+                let mut tiles = vec![[0; tile::BYTES]; tile::BLOCK_TILES * count];
+                tile::unpack_band((&blocks, &[]), &mut tiles);
+                let stride = count * tile::BLOCK_COLS + 5;
+                let q: Vec<i8> = (0..stride * 25).map(|_| fill.unwrap_or(next() as i8)).collect();
+                for tokens in (1..=17).chain([24]) {
+                    let expected: Vec<[i32; 16]> = (0..tokens)
+                        .map(|t| {
+                            let q = &q[t * stride..][..count * tile::BLOCK_COLS];
+                            exact(&tiles, q).map(|sum| sum - 3)
+                        })
+                        .collect();
+                    for kernels in &all {
+                        let mut unpacked = vec![[0; tile::BYTES]; tiles.len()];
+                        kernels.unpack_band((&blocks, &[]), &mut unpacked);
+                        assert_eq!(unpacked, tiles, "{}", kernels.name);
+                        if !kernels.take_triples() {
+                            continue;
+                        }
+                        // The last block once more as the tiles that it is made of.
+                        for blocks in [&blocks[..], &blocks[..count - 1]] {
+                            let tiles = &tiles[tile::BLOCK_TILES * blocks.len()..];
+                            let mut acc = vec![[-3; 16]; tokens];
+                            kernels.ternary_int8(Band { blocks, tiles }, &q, stride, &mut acc);
+                            let case = format!("{}, {tokens} tokens, {count} blocks", kernels.name);
+                            assert_eq!(acc, expected, "{case}");
+                        }
+                    }
                 }
             }
         }
@@ -461,6 +556,6 @@ mod tests {
     #[should_panic(expected = "assertion failed")]
     fn activations_that_end_early_are_refused() {
         let kernels = Kernels::for_isa(Isa::Scalar).unwrap();
-        kernels.ternary_int8(&[[0; 64]; 2], &[0; 50], 20, &mut [[0; 16]; 2]);
+        kernels.ternary_int8(band(&[[0; 64]; 2]), &[0; 50], 20, &mut [[0; 16]; 2]);
     }
 }

@@ -20,7 +20,7 @@ pub(super) fn evenly(tokens: usize, most: usize) -> usize {
 #[inline(always)]
 pub(super) fn in_passes<S>(
     tiles: &[S],
-    mut next: *const Tile,
+    (mut next, lines): (*const Tile, usize),
     q: *const i8,
     stride: usize,
     acc: &mut [[i32; tile::ROWS]],
@@ -28,7 +28,7 @@ pub(super) fn in_passes<S>(
     pass: impl Fn(&[S], *const i8, usize, &mut [[i32; tile::ROWS]]),
 ) {
     let passes = acc.len().div_ceil(per_pass);
-    let ahead = if passes > 1 { tiles.len().div_ceil(passes) } else { 0 };
+    let ahead = if passes > 1 { lines.div_ceil(passes) } else { 0 };
     let mut start = q;
     for group in acc.chunks_mut(per_pass) {
         for _ in 0..ahead {
@@ -64,6 +64,6 @@ pub(super) fn in_blocks<U>(
         // Blocks and bands follow each other in memory. A block is as long as a page, at whose end
         // the prefetcher of the CPU stops.
         let next = tiles.as_ptr_range().end;
-        in_passes(unpacked, next, start, stride, acc, per_pass, &pass);
+        in_passes(unpacked, (next, tiles.len()), start, stride, acc, per_pass, &pass);
     }
 }

@@ -11,7 +11,7 @@ use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
 use super::{Compute, InputScratch, Scratch, ThreadScratch, at_least, lock};
-use crate::arch::{BandScale, Tile};
+use crate::arch::{Band, BandScale};
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
 use crate::profile::Call;
@@ -198,16 +198,18 @@ impl Compute {
     ) {
         let columns = strip.columns();
         let bands = columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS);
-        if let ([row], Some(tiles)) = (inputs.rows, task.linear.by_band(bands.clone())) {
-            // One token: nothing comes between the bands, whose tiles are read in one go.
+        if let ([row], Some(by_band)) =
+            (inputs.rows, task.linear.by_band(bands.clone(), self.kernels))
+        {
+            // One token: nothing comes between the bands, which are read in one go.
             // Room for all bands: whichever part a thread gets later, it need not grow.
             let acc = at_least(&mut own.acc, task.linear.rows().div_ceil(tile::ROWS));
             let acc = &mut acc[..bands.len()];
             // A code is a weight plus 1.
             acc.fill([-row.sum; tile::ROWS]);
-            for (tiles, acc) in tiles.zip(&mut *acc) {
+            for (band, acc) in by_band.zip(&mut *acc) {
                 let acc = std::slice::from_mut(acc);
-                self.kernels.ternary_int8(tiles, inputs.quantized, inputs.stride, acc);
+                self.kernels.ternary_int8(band, inputs.quantized, inputs.stride, acc);
             }
             let sums = &acc.as_flattened()[..columns.len()];
             let scale = task.linear.output_scale(columns);
@@ -260,11 +262,13 @@ impl Compute {
     ) {
         let linear = task.linear;
         let ThreadScratch { tiles, acc, floats: own_floats, bytes: own_bytes, .. } = own;
-        let tiles = linear.band(band, self.kernels, tiles);
+        let weights = linear.band(band, self.kernels, tiles);
         let Scale::Groups { len, values } = &linear.scale else {
             let sum = |token: usize| inputs.rows[token].sum;
-            return self.products(linear, tiles, inputs, tokens, sum, acc, totals);
+            return self.products(linear, weights, inputs, tokens, sum, acc, totals);
         };
+        // Only exact sums are taken from triples.
+        let tiles = weights.tiles;
         let groups = linear.cols() / len;
         totals.fill([0.0; tile::ROWS]);
         let mut sums = [[0.0; tile::ROWS]; TOKENS];
@@ -273,6 +277,7 @@ impl Compute {
             let sum = |token: usize| task.group_sums[token * groups + group];
             let cols = group * len..(group + 1) * len;
             let tiles = &tiles[cols.start / tile::COLS..cols.end.div_ceil(tile::COLS)];
+            let part = Band { blocks: &[], tiles };
             if len.is_multiple_of(tile::COLS) {
                 let shifted = Inputs {
                     // Inputs that are all quantised are not there as floats.
@@ -280,7 +285,7 @@ impl Compute {
                     quantized: &inputs.quantized[cols.start..],
                     ..inputs
                 };
-                self.products(linear, tiles, shifted, tokens.clone(), sum, acc, sums);
+                self.products(linear, part, shifted, tokens.clone(), sum, acc, sums);
             } else {
                 // The group shares tiles with its neighbours: a copy of the inputs, zero outside of
                 // the group, takes only its own columns from them.
@@ -301,7 +306,7 @@ impl Compute {
                 }
                 let copied = Inputs { floats, quantized, rows: inputs.rows, stride };
                 let sum = |i: usize| sum(tokens.start + i);
-                self.products(linear, tiles, copied, 0..tokens.len(), sum, acc, sums);
+                self.products(linear, part, copied, 0..tokens.len(), sum, acc, sums);
             }
             for (total, sums) in totals.iter_mut().zip(&*sums) {
                 self.kernels.add_scaled(scales, sums, total);
@@ -309,13 +314,13 @@ impl Compute {
         }
     }
 
-    /// The sums of weight times input over the columns of `tiles`; `input_sum(token)` is the sum of
+    /// The sums of weight times input over the columns of `band`; `input_sum(token)` is the sum of
     /// the token's quantised inputs in these columns. `acc` is room for integer sums.
     #[allow(clippy::too_many_arguments)] // a part of `band`
     fn products(
         &self,
         linear: &Linear,
-        tiles: &[Tile],
+        band: Band<'_>,
         inputs: Inputs<'_>,
         tokens: Range<usize>,
         input_sum: impl Fn(usize) -> i32,
@@ -325,7 +330,7 @@ impl Compute {
         let start = tokens.start * inputs.stride;
         match linear.precision {
             ActivationPrecision::F32 => {
-                self.kernels.ternary_f32(tiles, &inputs.floats[start..], inputs.stride, sums);
+                self.kernels.ternary_f32(band.tiles, &inputs.floats[start..], inputs.stride, sums);
             }
             ActivationPrecision::Int8 => {
                 let acc = at_least(acc, tokens.len());
@@ -333,7 +338,7 @@ impl Compute {
                     // A code is a weight plus 1.
                     *acc = [-input_sum(token); tile::ROWS];
                 }
-                self.kernels.ternary_int8(tiles, &inputs.quantized[start..], inputs.stride, acc);
+                self.kernels.ternary_int8(band, &inputs.quantized[start..], inputs.stride, acc);
                 self.kernels.to_float(acc, sums);
             }
         }

@@ -14,9 +14,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use bitnet_core::{ShortcutCounts, Shortcuts};
 use bitnet_quant::activation::QuantizedRow;
-use bitnet_quant::packing::tile;
+use bitnet_quant::packing::tile::{self, Tile};
 
-use crate::arch::{Kernels, Tile};
+use crate::arch::Kernels;
 use crate::profile::Profile;
 use crate::threads::{Cut, ThreadPool};
 

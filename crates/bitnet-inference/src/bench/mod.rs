@@ -130,7 +130,7 @@ impl Bench<CpuBackend> {
         let backend = cpu_backend(&options)?;
         let load = LoadOptions::default();
         let decoder = weights::load(backend, path, config, tensors, load, &mut Vec::new())?;
-        let costs = Costs::new(config, weights.head()?, kv_type);
+        let costs = Costs::new(&decoder, weights.head()?, kv_type);
         Ok(Bench { decoder: Arc::new(decoder), costs, kv_type })
     }
 }

@@ -2,9 +2,9 @@
 
 use std::ops::Range;
 
-use bitnet_core::backend::KvType;
+use bitnet_core::backend::{Activation, Backend, KvType};
 use bitnet_core::{ShortcutCounts, screen};
-use bitnet_model::config::ModelConfig;
+use bitnet_model::decoder::Decoder;
 use bitnet_model::weights;
 
 use crate::session::DEFAULT_CHUNK;
@@ -136,6 +136,11 @@ pub struct Costs {
     pub ternary_weights: u64,
     /// Of those, weights of all `up` matrices, and as many of all `down` matrices.
     pub up_weights: u64,
+    /// Bits per weight of matrices that are read whole; rows and columns that are read by themselves
+    /// have two.
+    pub bits_per_weight: f64,
+    /// Whether `up` lies in rows that can be read by themselves.
+    pub up_by_row: bool,
     /// Rows of the output head; 0 for a model that makes embeddings and has none.
     pub head_rows: u64,
     /// Elements of a row of the head.
@@ -149,13 +154,17 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// The costs of a model with such a head (rows, bytes per row) and such a KV store.
-    pub fn new(config: &ModelConfig, head: (u64, u64), kv_type: KvType) -> Self {
+    /// The costs of a loaded model with such a head (rows, bytes per row) and such a KV store.
+    pub fn new<B: Backend>(decoder: &Decoder<B>, head: (u64, u64), kv_type: KvType) -> Self {
+        let config = decoder.config();
         let layers = config.layers.len() as u64;
+        let up_weights = layers * config.hidden_size as u64 * config.intermediate_size as u64;
         let (head_rows, head_row_bytes) = if config.pooling.is_some() { (0, 0) } else { head };
         Costs {
             ternary_weights: weights::ternary_weights(config),
-            up_weights: layers * config.hidden_size as u64 * config.intermediate_size as u64,
+            up_weights,
+            bits_per_weight: 8.0 * decoder.gate_bytes() as f64 / up_weights as f64,
+            up_by_row: config.activation == Activation::Relu2,
             head_rows,
             hidden: config.hidden_size as u64,
             head_row_bytes,
@@ -184,14 +193,17 @@ impl Costs {
             kv_bytes: 0.0,
         };
         let (weights, part) = (self.ternary_weights as f64, self.up_weights as f64);
-        let head_rows = self.head_rows as f64;
+        let (head_rows, whole) = (self.head_rows as f64, self.bits_per_weight);
         let skipped = [savings.up_rows_skipped, savings.down_columns_skipped];
         for step in test.steps() {
             let rows = step.rows() as f64;
             work.ternary_macs += rows * (weights - part * (skipped[0] + skipped[1]));
             let unread = skipped.map(|skipped| 1.0 - (rows * (1.0 - skipped)).min(1.0));
-            // Four weights to a byte.
-            work.ternary_bytes += (weights - part * (unread[0] + unread[1])) / 4.0;
+            let up_bits = if self.up_by_row { 2.0 * (1.0 - unread[0]) } else { whole };
+            // A step that leaves any columns out reads the copy by columns.
+            let down_bits = if unread[1] > 0.0 { 2.0 * (1.0 - unread[1]) } else { whole };
+            let bits = (weights - 2.0 * part) * whole + part * (up_bits + down_bits);
+            work.ternary_bytes += bits / 8.0;
             let picks = step.picks.len() as f64;
             let screened = savings.head_rows_screened;
             let in_full = 1.0 - screened + savings.head_rows_rescored;
@@ -256,6 +268,8 @@ mod tests {
         Costs {
             ternary_weights: 2_084_044_800,
             up_weights: 530_841_600,
+            bits_per_weight: 2.0,
+            up_by_row: true,
             head_rows: 128_256,
             hidden: 2560,
             head_row_bytes: 5120,
@@ -281,6 +295,21 @@ mod tests {
         let deeper = costs_of_2b().work(&test(Kind::Decode, 4, 100, 1), &Savings::default());
         assert_eq!(deeper.kv_bytes, 102.5 * 153_600.0);
         assert_eq!(deeper.ternary_bytes, work.ternary_bytes);
+    }
+
+    #[test]
+    fn rows_of_up_and_chosen_columns_of_down_have_two_bits_per_weight() {
+        let (all, up) = (2_084_044_800.0, 530_841_600.0);
+        let one = test(Kind::Decode, 1, 0, 1);
+        let costs = Costs { bits_per_weight: 1.6, ..costs_of_2b() };
+        let work = costs.work(&one, &Savings::default());
+        assert_eq!(work.ternary_bytes, ((all - 2.0 * up) * 1.6 + up * (2.0 + 1.6)) / 8.0);
+        let skipped = Savings { down_columns_skipped: 0.75, ..Savings::default() };
+        let work = costs.work(&one, &skipped);
+        assert_eq!(work.ternary_bytes, ((all - 2.0 * up) * 1.6 + up * 2.5) / 8.0);
+        let without_rows = Costs { up_by_row: false, ..costs };
+        let work = without_rows.work(&one, &Savings::default());
+        assert_eq!(work.ternary_bytes, all * 1.6 / 8.0);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use bitnet_core::backend::ActivationPrecision;
 use bitnet_core::mmap::map_file;
 use bitnet_core::{DType, LinearUse, Screen, Tensor, TernaryMatrix};
 use bitnet_quant::packing::blocks::{decode_row, encode_row};
+use bitnet_quant::packing::tile::Reader;
 use bitnet_quant::screen;
 use rayon::prelude::*;
 
@@ -30,7 +31,12 @@ use crate::weights::{LoadOptions, Loader, PartKind, PartPlace, Tables, part_plac
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Target {
     /// A `.bitnet` file.
-    Native,
+    Native {
+        /// Whether weights that are read whole take 5 bits for three in place of 6. Every CPU computes
+        /// the same from both; those with AVX-512 VBMI (Ice Lake, Zen 4 and later) decode faster from
+        /// these, others slower.
+        triples: bool,
+    },
     /// A folder as transformers reads it.
     HuggingFace {
         /// Whether linear layers have two bits per weight (`weight_scale` beside them), not BF16
@@ -90,7 +96,10 @@ pub fn to(
     let source = Source::open(checkpoint, options.load)?;
     let mut notes = source.notes.clone();
     match *target {
-        Target::Native => native::write(&source, path, &mut progress)?,
+        Target::Native { triples } => {
+            let reader = Reader { copies: true, triples };
+            native::write(&source, path, reader, &mut progress)?;
+        }
         Target::HuggingFace { packed, head } => {
             huggingface::write(&source, path, packed, head, &mut progress)?;
         }
@@ -251,7 +260,7 @@ fn check_path(checkpoint: &Checkpoint, path: &Path, target: &Target) -> Result<(
         return Err(failed(path, reason));
     }
     let is_replaced = |bytes: &[u8]| match target {
-        Target::Native => is_native(bytes),
+        Target::Native { .. } => is_native(bytes),
         Target::Gguf { .. } => bytes.starts_with(MAGIC),
         Target::HuggingFace { .. } | Target::Onnx { .. } => false,
     };

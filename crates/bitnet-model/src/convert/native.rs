@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use bitnet_quant::packing::tile;
+use bitnet_quant::packing::tile::{self, Reader};
 
 use super::{Part, Source};
 use crate::config::TensorNames;
@@ -10,11 +10,12 @@ use crate::error::Error;
 use crate::formats::native::{self, Described};
 use crate::weights::PartPlace;
 
-/// Writes a native file: ternary weights in the layout of the CPU kernels, everything else as it is,
-/// notes included.
+/// Writes a native file: ternary weights in the layout of the CPU kernels, as their reader makes most of
+/// them, everything else as it is, notes included.
 pub(super) fn write(
     source: &Source<'_>,
     path: &Path,
+    reader: Reader,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<(), Error> {
     let (config, places) = source.renamed(TensorNames::NATIVE);
@@ -23,7 +24,7 @@ pub(super) fn write(
             Part::Table(table) => native::Part::Table(table),
             Part::Norm(weight) => native::Part::Norm(weight),
             Part::Matrix(matrix, usage) => {
-                native::Part::Matrix(tile::tiled(&matrix, source.precision, usage, true)?)
+                native::Part::Matrix(tile::tiled(&matrix, source.precision, usage, reader)?)
             }
             Part::Screen(screen) => native::Part::Screen(screen),
         };

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use bitnet_core::backend::{Activation, ActivationPrecision};
 use bitnet_core::mmap::map_file;
-use bitnet_core::{DType, Screen, Tensor, TileOrder, TiledMatrix, WeightScale};
+use bitnet_core::{DType, Screen, Tensor, TileLayout, TiledMatrix, WeightScale};
 use bytes::Bytes;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -33,8 +33,11 @@ use crate::tokenizer::{StoredTokenizer, Tokenizer};
 /// What a native file has at byte 8, behind the length of its header.
 pub const MAGIC: &[u8] = br#"{"__metadata__":{"format":"bitnet","version":""#;
 
-/// The version this program writes, and the only one it reads.
-pub const VERSION: &str = "2";
+/// The version this program writes.
+pub const VERSION: &str = "3";
+
+/// The versions this program reads. Version 2 is the same without matrices in triples.
+const READ: [&str; 2] = ["2", VERSION];
 
 /// The extension of native files, by which a folder's is found.
 pub const EXTENSION: &str = "bitnet";
@@ -184,11 +187,12 @@ fn check_version(bytes: &[u8], path: &Path) -> Result<(), Error> {
     }
     let rest = &bytes[8 + MAGIC.len()..];
     let end = rest.iter().take(32).position(|&byte| byte == b'"').unwrap_or(0);
-    if &rest[..end] != VERSION.as_bytes() {
+    if !READ.iter().any(|version| version.as_bytes() == &rest[..end]) {
         let reason = format!(
-            "is a .bitnet file of version `{}` and this program reads version {VERSION}: update \
-             the program, or convert the model again",
-            excerpt(&String::from_utf8_lossy(&rest[..end]))
+            "is a .bitnet file of version `{}` and this program reads versions {}: update the \
+             program, or convert the model again",
+            excerpt(&String::from_utf8_lossy(&rest[..end])),
+            READ.join(" and ")
         );
         return Err(Error::file(path, reason));
     }
@@ -327,8 +331,11 @@ impl Model {
 }
 
 /// Names of the tensors that a matrix is stored in, after its module's name.
-const TILES: [(&str, TileOrder); 2] =
-    [(".tiles.bands", TileOrder::Bands), (".tiles.rows", TileOrder::Rows)];
+const TILES: [(&str, TileLayout); 3] = [
+    (".tiles.bands", TileLayout::Bands),
+    (".tiles.rows", TileLayout::Rows),
+    (".tiles.triples", TileLayout::Triples),
+];
 const COLUMNS: &str = ".tiles.columns";
 const MULTIPLY: &str = ".scale.multiply";
 const DIVIDE: &str = ".scale.divide";
@@ -353,14 +360,14 @@ pub(crate) fn matrix(
         }
     };
     let mut tiles = None;
-    for (suffix, order) in TILES {
+    for (suffix, layout) in TILES {
         if let Some(bytes) = bytes(suffix)?
-            && tiles.replace((order, bytes)).is_some()
+            && tiles.replace((layout, bytes)).is_some()
         {
-            return Err(error(&format!("{module}{suffix}"), "is there in two orders".to_owned()));
+            return Err(error(&format!("{module}{suffix}"), "is there in two layouts".to_owned()));
         }
     }
-    let Some((order, tiles)) = tiles else {
+    let Some((layout, tiles)) = tiles else {
         return Err(error(&format!("{module}{}", TILES[0].0), "is missing".to_owned()));
     };
     let mut scale = None;
@@ -394,7 +401,7 @@ pub(crate) fn matrix(
             "is missing, and so is any scale".into(),
         ));
     };
-    TiledMatrix::new(rows, cols, scale, order, tiles, bytes(COLUMNS)?)
+    TiledMatrix::new(rows, cols, scale, layout, tiles, bytes(COLUMNS)?)
         .map_err(|reason| error(&format!("{module}{}", TILES[0].0), reason.to_string()))
 }
 
@@ -603,8 +610,8 @@ impl Writer {
         let bytes = |bytes: &Bytes| Tensor::new(DType::U8, vec![bytes.len()], bytes.clone());
         let (suffix, _) = TILES
             .iter()
-            .find(|(_, order)| *order == matrix.order())
-            .expect("both orders have a name");
+            .find(|(_, layout)| *layout == matrix.layout())
+            .expect("every layout has a name");
         self.tensor(&format!("{module}{suffix}"), &bytes(matrix.tiles())?)?;
         if let Some(columns) = matrix.columns() {
             self.tensor(&format!("{module}{COLUMNS}"), &bytes(columns)?)?;

@@ -341,8 +341,8 @@ impl<'a> Loader<'a> {
         }
         let tiles = unmapped(matrix.tiles())?;
         let columns = matrix.columns().map(unmapped).transpose()?;
-        let (rows, cols, order) = (matrix.rows(), matrix.cols(), matrix.order());
-        Ok(TiledMatrix::new(rows, cols, matrix.scale().clone(), order, tiles, columns)?)
+        let (rows, cols, layout) = (matrix.rows(), matrix.cols(), matrix.layout());
+        Ok(TiledMatrix::new(rows, cols, matrix.scale().clone(), layout, tiles, columns)?)
     }
 
     fn layer<B: Backend>(

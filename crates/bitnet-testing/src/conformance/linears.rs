@@ -3,7 +3,7 @@
 use bitnet_core::backend::{
     Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm, Scratch,
 };
-use bitnet_core::{LinearUse, TernaryMatrix, TileOrder, TiledMatrix, WeightScale};
+use bitnet_core::{LinearUse, TernaryMatrix, TileLayout, TiledMatrix, WeightScale};
 use bitnet_quant::packing::tile;
 use bitnet_quant::reference::ReferenceBackend;
 
@@ -154,7 +154,7 @@ impl<B: Backend> Pair<'_, B> {
         }
     }
 
-    /// Matrices loaded for each use, and from tiles of each order whatever their scales and precision.
+    /// Matrices loaded for each use, and from tiles of each layout whatever their scales and precision.
     pub(super) fn layouts(&self) {
         use LinearUse::{Dense, SparseInputs, SparseOutputs};
         let mut random = Random::new(11);
@@ -167,14 +167,15 @@ impl<B: Backend> Pair<'_, B> {
                         .into_iter()
                         .collect::<Result<_, _>>()
                         .expect("a linear");
-                    for order in [TileOrder::Bands, TileOrder::Rows] {
-                        let mut tiles = vec![0; tile::byte_len(rows, cols).expect("a small one")];
-                        tile::pack(&m, order, &mut tiles);
+                    for layout in [TileLayout::Bands, TileLayout::Rows, TileLayout::Triples] {
+                        let len = tile::byte_len(layout, rows, cols).expect("a small one");
+                        let mut tiles = vec![0; len];
+                        tile::pack(&m, layout, &mut tiles);
                         let mut columns = vec![0; cols * tile::column_bytes(rows)];
                         tile::pack_columns(&m, &mut columns);
                         let (scale, columns) = (m.scale().clone(), Some(columns.into()));
                         let tiled =
-                            TiledMatrix::new(rows, cols, scale, order, tiles.into(), columns);
+                            TiledMatrix::new(rows, cols, scale, layout, tiles.into(), columns);
                         let tiled = tiled.expect("a matrix in tiles");
                         assert_eq!(tile::untiled(&tiled).expect("the same matrix"), m);
                         linears.push(self.backend.load_tiled(&tiled, precision).expect("tiles"));

@@ -9,6 +9,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, bail};
 use bitnet_core::DType;
 use bitnet_core::budget::human_bytes;
+use bitnet_cpu::Isa;
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::convert::{self, Options, Target};
 use bitnet_model::source;
@@ -16,7 +17,7 @@ use bitnet_model::weights::LoadOptions;
 
 use self::ternarise::Measured;
 use super::WrongUsage;
-use crate::args::{ConvertArgs, HeadChoice, PackingChoice, TargetFormat};
+use crate::args::{ConvertArgs, HeadChoice, LayoutChoice, PackingChoice, TargetFormat};
 use crate::output::Messages;
 
 /// Tokens of the prompt that `--verify` reads.
@@ -86,12 +87,21 @@ fn target(args: &ConvertArgs) -> Result<Target> {
     if args.packing.is_some() && format != TargetFormat::Gguf {
         return wrong("--type is for GGUF files: give --to gguf as well");
     }
+    if args.layout.is_some() && format != TargetFormat::Bitnet {
+        return wrong("--layout is for .bitnet files");
+    }
     let packed = format == TargetFormat::HfPacked;
     match format {
         TargetFormat::Bitnet if head.is_some() => wrong(
             "--head is for GGUF files, Hugging Face and ONNX folders: a .bitnet file keeps it",
         ),
-        TargetFormat::Bitnet => Ok(Target::Native),
+        TargetFormat::Bitnet => {
+            let triples = match args.layout {
+                Some(layout) => layout == LayoutChoice::Triples,
+                None => Isa::takes_triples(Isa::from_env()?)?,
+            };
+            Ok(Target::Native { triples })
+        }
         TargetFormat::Hf | TargetFormat::HfPacked => match head {
             Some(head) if !head.is_float() => {
                 wrong("--head in a Hugging Face folder is bf16, f16 or f32")

@@ -75,7 +75,7 @@ pub(super) unsafe fn ternary_int8(
     stride: usize,
     acc: &mut [[i32; tile::ROWS]],
 ) {
-    let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+    let (q, next) = (q.as_ptr(), (tiles.as_ptr_range().end, tiles.len()));
     if acc.len() < UNPACK_FROM {
         let per_pass = passes::evenly(acc.len(), TOKENS_PER_PASS);
         passes::in_passes(tiles, next, q, stride, acc, per_pass, |tiles, q, stride, acc| {

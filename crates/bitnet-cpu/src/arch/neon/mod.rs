@@ -265,7 +265,7 @@ const UNPACK_FROM: usize = 2 * TOKENS_PER_PASS + 1;
 /// `q` has the `16 * tiles.len()` elements from `t * stride` for each of the `acc.len()` tokens `t`.
 #[target_feature(enable = "neon")]
 unsafe fn ternary_int8(tiles: &[Tile], q: &[i8], stride: usize, acc: &mut [[i32; tile::ROWS]]) {
-    let (q, next) = (q.as_ptr(), tiles.as_ptr_range().end);
+    let (q, next) = (q.as_ptr(), (tiles.as_ptr_range().end, tiles.len()));
     let per_pass = passes::evenly(acc.len(), TOKENS_PER_PASS);
     if acc.len() < UNPACK_FROM {
         passes::in_passes(tiles, next, q, stride, acc, per_pass, |tiles, q, stride, acc| {

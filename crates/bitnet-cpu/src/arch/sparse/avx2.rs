@@ -2,10 +2,9 @@
 
 use std::arch::x86_64::*;
 
-use bitnet_quant::packing::tile;
+use bitnet_quant::packing::tile::{self, Tile};
 
 use super::{COLUMNS_PER_WIDENING, Group, Table, ask, generic, plane_len};
-use crate::arch::Tile;
 
 pub(crate) static TABLE: Table = Table { rows, columns, band };
 

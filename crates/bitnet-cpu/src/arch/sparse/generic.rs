@@ -1,9 +1,8 @@
 //! Plain code, which the compiler vectorises.
 
-use bitnet_quant::packing::tile;
+use bitnet_quant::packing::tile::{self, Tile};
 
 use super::{COLUMNS_PER_WIDENING, Table, plane_len};
-use crate::arch::Tile;
 
 pub(crate) static TABLE: Table = Table { rows, columns, band };
 
