@@ -55,7 +55,7 @@ fn every_weight_is_counted_once_per_step_and_every_product_once_per_token() {
     let matrices = matrices.chain([(TileLayout::Rows, (intermediate, hidden))]);
     let bytes_of = |(layout, (rows, cols))| tile::byte_len(layout, rows, cols).unwrap() as u64;
     let weight_bytes = config.layers.len() as u64 * matrices.map(bytes_of).sum::<u64>();
-    let products = ["linears", "gate and up"];
+    let products = ["linears", "gate and up", "live rows"];
     for (single_row, steps, tokens) in [(false, 1, 5), (true, 2, 2)] {
         let bytes = sum(&profile, single_row, &products, |p| p.bytes);
         assert_eq!(bytes, steps * weight_bytes);
@@ -84,9 +84,9 @@ fn what_zeros_leave_out_is_not_counted() {
     let counts = model.shortcut_counts();
     assert!(counts.up_rows_skipped > 0);
     let skipped = counts.up_rows_skipped * model.config().hidden_size as u64;
-    let live = sum(&profile, true, &["gate and up"], |p| p.macs);
+    let live = sum(&profile, true, &["live rows"], |p| p.macs);
     let layers = model.config().layers.len();
-    let all = 2 * 2 * layers * model.config().intermediate_size * model.config().hidden_size;
+    let all = 2 * layers * model.config().intermediate_size * model.config().hidden_size;
     assert_eq!(live, all as u64 - skipped);
 }
 

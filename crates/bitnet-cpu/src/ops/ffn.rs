@@ -62,45 +62,17 @@ impl Compute {
         let mut scratch = self.scratch();
         let Scratch { inputs: room, planes, columns, group_sums, threads, .. } = &mut *scratch;
         let inputs = self.prepare(x, rows, norm, &[ffn.gate, ffn.up], room, threads);
-        let (start, skipped) = (self.profile.start(), AtomicUsize::new(0));
-        let by_row = ffn.up.by_row().filter(|_| rows == 1);
-        let planes = at_least(planes, by_row.map_or(0, |_| planes_len(inputs.quantized.len())));
-        if by_row.is_some() {
-            spread(inputs.quantized, planes);
+        match ffn.up.by_row().filter(|_| rows == 1) {
+            Some(matrix) => {
+                // All gates first: going from one matrix to the other and back would break off what
+                // the hardware reads ahead.
+                self.multiply(inputs, &[ffn.gate], &mut [&mut *gate], group_sums, threads);
+                let planes = at_least(planes, planes_len(inputs.quantized.len()));
+                spread(inputs.quantized, planes);
+                self.live_rows(ffn, matrix, inputs, planes, threads, gate, up);
+            }
+            None => self.gate_and_up(ffn, inputs, group_sums, threads, gate, up),
         }
-        let planes = &*planes;
-        let bands = width.div_ceil(tile::ROWS);
-        let cut = self.bands(bands, tile::ROWS, rows * 2 * width * x.cols());
-        let strips = (
-            Strips::new(gate.shape(rows, width), width, cut),
-            Strips::new(up.shape(rows, width), width, cut),
-        );
-        let [gate_task, up_task, ..] = tasks(&[ffn.gate, ffn.up], inputs, group_sums);
-        let (gate_task, up_task) = (gate_task.expect("the first"), up_task.expect("the second"));
-        self.pool.run(strips, |thread, (mut gate, mut up)| {
-            let own = &mut lock(&threads[thread]);
-            self.strip(gate_task, inputs, own, &mut gate);
-            match by_row {
-                Some(matrix) => {
-                    let dead = self.up_rows(ffn, matrix, inputs, planes, own, gate.row(0), &mut up);
-                    skipped.fetch_add(dead, Ordering::Relaxed);
-                }
-                None => self.strip(up_task, inputs, own, &mut up),
-            }
-            for row in 0..rows {
-                self.kernels.gate(ffn.activation, gate.row(row), up.row(row));
-            }
-        });
-        self.profile.note(start, || {
-            let skipped = skipped.into_inner();
-            let bytes = ffn.gate.byte_len() + ffn.up.byte_len();
-            Call {
-                shape: Some([x.cols(), 2 * width]),
-                bytes: bytes - ffn.up.byte_len() / width * skipped,
-                macs: (2 * rows * width - skipped) * x.cols(),
-                ..Call::of_rows("gate and up", rows)
-            }
-        });
 
         let inputs = self.prepare(gate, rows, sub_norm, &[down], room, threads);
         if rows == 1
@@ -115,6 +87,78 @@ impl Compute {
             }
         }
         self.multiply(inputs, &[down], &mut [out], group_sums, threads);
+    }
+
+    /// `gate = activation(gate · inputs) * (up · inputs)`, strip by strip.
+    fn gate_and_up(
+        &self,
+        ffn: Ffn<'_>,
+        inputs: Inputs<'_>,
+        group_sums: &mut Vec<i32>,
+        threads: &[Mutex<ThreadScratch>],
+        gate: &mut Buffer,
+        up: &mut Buffer,
+    ) {
+        let start = self.profile.start();
+        let (rows, width, cols) = (inputs.rows.len(), ffn.up.rows(), ffn.up.cols());
+        let cut = self.bands(width.div_ceil(tile::ROWS), tile::ROWS, rows * 2 * width * cols);
+        let strips = (
+            Strips::new(gate.shape(rows, width), width, cut),
+            Strips::new(up.shape(rows, width), width, cut),
+        );
+        let [gate_task, up_task, ..] = tasks(&[ffn.gate, ffn.up], inputs, group_sums);
+        let (gate_task, up_task) = (gate_task.expect("the first"), up_task.expect("the second"));
+        self.pool.run(strips, |thread, (mut gate, mut up)| {
+            let own = &mut lock(&threads[thread]);
+            self.strip(gate_task, inputs, own, &mut gate);
+            self.strip(up_task, inputs, own, &mut up);
+            for row in 0..rows {
+                self.kernels.gate(ffn.activation, gate.row(row), up.row(row));
+            }
+        });
+        self.profile.note(start, || Call {
+            shape: Some([cols, 2 * width]),
+            bytes: ffn.gate.byte_len() + ffn.up.byte_len(),
+            macs: 2 * rows * width * cols,
+            ..Call::of_rows("gate and up", rows)
+        });
+    }
+
+    /// `gate = activation(gate) * (up · inputs)` of one token, from the rows of `up` that have a live
+    /// gate.
+    #[allow(clippy::too_many_arguments)] // a part of `gated_ffn`
+    fn live_rows(
+        &self,
+        ffn: Ffn<'_>,
+        matrix: (&[u8], usize),
+        inputs: Inputs<'_>,
+        planes: &[i8],
+        threads: &[Mutex<ThreadScratch>],
+        gate: &mut Buffer,
+        up: &mut Buffer,
+    ) {
+        let (start, skipped) = (self.profile.start(), AtomicUsize::new(0));
+        let (width, cols) = (ffn.up.rows(), ffn.up.cols());
+        let cut = self.bands(width.div_ceil(tile::ROWS), tile::ROWS, width * cols);
+        let strips = (
+            Strips::new(gate.shape(1, width), width, cut),
+            Strips::new(up.shape(1, width), width, cut),
+        );
+        self.pool.run(strips, |thread, (mut gate, mut up)| {
+            let own = &mut lock(&threads[thread]);
+            let dead = self.up_rows(ffn, matrix, inputs, planes, own, gate.row(0), &mut up);
+            skipped.fetch_add(dead, Ordering::Relaxed);
+            self.kernels.gate(ffn.activation, gate.row(0), up.row(0));
+        });
+        self.profile.note(start, || {
+            let live = width - skipped.into_inner();
+            Call {
+                shape: Some([cols, width]),
+                bytes: ffn.up.byte_len() / width * live,
+                macs: live * cols,
+                ..Call::of_rows("live rows", 1)
+            }
+        });
     }
 
     /// Rows of `up` by themselves for one token: those with a live gate, or all of the strip. What
