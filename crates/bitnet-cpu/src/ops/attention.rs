@@ -180,27 +180,29 @@ impl Compute {
                     }
                 }
             });
-            for job in 0..jobs {
-                let (first, head) = (job / kv_heads * height, job % kv_heads);
-                for (own, attention) in pieces(first..first + height, head) {
-                    let place = |split: usize| {
-                        let start = (split * jobs + job) * tile + (own.start - first) * partial;
-                        start..start + own.len() * partial
-                    };
-                    let splits = attention.splits();
-                    let (total, later) = partials.split_at_mut(place(splits.start).end);
-                    let skipped = total.len();
-                    let total = &mut total[place(splits.start)];
-                    for split in splits.skip(1) {
-                        let part = place(split).start - skipped..place(split).end - skipped;
-                        self.kernels.merge(head_size, total, &later[part]);
-                    }
-                    for (row, total) in own.zip(total.chunks_exact(partial)) {
-                        let out = &mut out[row * width + head * shared * head_size..];
-                        self.kernels.finish(head_size, total, &mut out[..shared * head_size]);
+            // Then the query heads: each joins its parts of the splits, in their order.
+            let (partials, len) = (&*partials, partial_len(head_size));
+            let strips = Strips::new(out, width, Cut::Even(head_size)).cut(height);
+            self.pool.run(strips, |thread, mut out| {
+                let (first, head) = (out.rows().start, out.columns().start / head_size);
+                let job = first / height * kv_heads + head / shared;
+                for (own, attention) in pieces(out.rows(), head / shared) {
+                    for row in own {
+                        let part = |split: usize| {
+                            let start = (split * jobs + job) * tile + (row - first) * partial;
+                            &partials[start + head % shared * len..][..len]
+                        };
+                        let mut scratch = lock(&threads[thread]);
+                        let total = at_least(&mut scratch.floats, len);
+                        let splits = attention.splits();
+                        total.copy_from_slice(part(splits.start));
+                        for split in splits.skip(1) {
+                            self.kernels.merge(head_size, total, part(split));
+                        }
+                        self.kernels.finish(head_size, total, out.row(row));
                     }
                 }
-            }
+            });
         } else {
             let strips = Strips::new(out, width, Cut::Even(shared * head_size)).cut(height);
             self.share(small, strips, |thread, mut out| {

@@ -139,6 +139,8 @@ impl<B: Backend> Pair<'_, B> {
                 (2 * SPLIT, None),
                 (2 * SPLIT + 6, Some(SPLIT + 7)),
                 (4 * SPLIT + 3, None),
+                // Rows of two tiles, whose splits threads share.
+                (4 * SPLIT + 50, None),
                 (5 * SPLIT + 30, Some(2 * SPLIT + 1)),
                 (5 * SPLIT + 32, Some(3 * SPLIT)),
                 (tokens, Some(5)),
