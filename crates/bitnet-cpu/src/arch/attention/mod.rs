@@ -229,7 +229,7 @@ fn attend_with<V: Lanes, P: Product<V>>(
             *weight = numerics::exp(*weight - max);
         }
         partial[stats(head_size)] = max;
-        partial[stats(head_size) + 1] = numerics::sum(own);
+        partial[stats(head_size) + 1] = sum::<V>(own);
         product.weigh(attention, row, WeightRange { seen, start }, scores);
     }
 
@@ -285,6 +285,25 @@ fn attend_with<V: Lanes, P: Product<V>>(
     }
     for (row, partial) in partials.chunks_exact_mut(len).take(rows).enumerate() {
         product.finish_row(row, &mut partial[..stats(head_size)]);
+    }
+}
+
+/// [`numerics::sum`] of whole rounds of lanes. In the midst of [`attend_with`] the compiler makes
+/// sixteen sums of two lanes of it.
+#[inline(always)]
+fn sum<V: Lanes>(x: &[f32]) -> f32 {
+    let (rounds, rest) = x.as_chunks::<{ numerics::LANES }>();
+    assert!(rest.is_empty());
+    // SAFETY: the kernels are called on CPUs that have their instructions (see `Kernels`), and a round
+    // is twice sixteen elements.
+    unsafe {
+        let mut lanes = [V::splat(0.0); 2];
+        for round in rounds {
+            // Times one, which is exact.
+            lanes[0] = lanes[0].add_product(1.0, V::load(round.as_ptr()));
+            lanes[1] = lanes[1].add_product(1.0, V::load(round.as_ptr().add(PANEL)));
+        }
+        V::fold(lanes)
     }
 }
 
