@@ -4,9 +4,14 @@
 use std::ops::Range;
 
 use bitnet_core::numerics;
+use bitnet_quant::packing::tile;
 
 use super::{Attention, PANEL, SCORES, partial_len};
 use crate::arch::lanes::{Element, Lanes};
+use crate::arch::prefetch_second;
+
+/// How far ahead of the int8 panel in hand memory is asked for, in bytes: the next panels lie there.
+const AHEAD: usize = 4096;
 
 /// How queries are multiplied with keys and weights with values of one storage type.
 pub(super) trait Product<V: Lanes> {
@@ -184,7 +189,12 @@ unsafe fn multiply_pairs<V: Lanes, const R: usize>(
         let mut k = 0;
         if panel.width == PANEL {
             while k + 2 <= panel.rows {
-                add!(k, V::adjacent_pairs(b.add(k * PANEL)));
+                let pairs = b.add(k * PANEL);
+                // Once per line of memory.
+                if (k * PANEL).is_multiple_of(tile::LINE) {
+                    prefetch_second(pairs.wrapping_add(AHEAD));
+                }
+                add!(k, V::adjacent_pairs(pairs));
                 k += 2;
             }
         }
