@@ -16,7 +16,8 @@ fn succeeds(folder: &Folder, arguments: &[&str]) -> Outcome {
 #[test]
 fn the_file_writes_the_same_story() {
     let folder = Folder::new();
-    let outcome = succeeds(&folder, &["convert", "tiny", "t.bitnet", "--verify"]);
+    let convert = ["convert", "tiny", "t.bitnet", "--layout", "bands", "--verify"];
+    let outcome = succeeds(&folder, &convert);
     assert_eq!(outcome.stdout, "");
     assert!(outcome.stderr.starts_with("t.bitnet: "), "{}", outcome.stderr);
     assert!(
@@ -34,6 +35,23 @@ fn the_file_writes_the_same_story() {
     assert_eq!(rows(&info) + 1, rows(&stdout_of(&["info"])), "{info}");
     // The folder it lies in is the model too.
     assert_eq!(succeeds(&folder, &["info", "-m", "."]).code, Some(0));
+}
+
+#[test]
+fn either_layout_writes_the_same_story() {
+    let folder = Folder::new();
+    for (layout, stored) in
+        [("bands", "28 x 2-bit tiles"), ("triples", "4 x 2-bit tiles, 24 x 5-bit triples")]
+    {
+        succeeds(&folder, &["convert", "tiny", "t.bitnet", "--layout", layout, "--verify"]);
+        let info = succeeds(&folder, &["info", "-m", "t.bitnet"]).stdout;
+        assert!(info.contains(&format!("\nstored as        {stored}\n")), "{info}");
+    }
+    // What this processor is fastest with is one of the two.
+    succeeds(&folder, &["convert", "tiny", "t.bitnet"]);
+    let outcome = folder.run(&["convert", "tiny", "t.gguf", "--layout", "bands"]);
+    assert_eq!(outcome.code, Some(2));
+    assert_eq!(outcome.stderr, "error: --layout is for .bitnet files\n");
 }
 
 #[test]

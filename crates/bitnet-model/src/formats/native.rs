@@ -330,11 +330,13 @@ impl Model {
     }
 }
 
-/// Names of the tensors that a matrix is stored in, after its module's name.
+/// Name of the tensor of a matrix in triples, after its module's name.
+pub(crate) const TRIPLES: &str = ".tiles.triples";
+/// Names of the tensors that a matrix is stored in, likewise.
 const TILES: [(&str, TileLayout); 3] = [
     (".tiles.bands", TileLayout::Bands),
     (".tiles.rows", TileLayout::Rows),
-    (".tiles.triples", TileLayout::Triples),
+    (TRIPLES, TileLayout::Triples),
 ];
 const COLUMNS: &str = ".tiles.columns";
 const MULTIPLY: &str = ".scale.multiply";

@@ -18,7 +18,7 @@ use bitnet_quant::screen;
 use crate::config::ModelConfig;
 use crate::decoder::{Decoder, Weights};
 use crate::error::Error;
-use crate::formats::Tensors;
+use crate::formats::{Tensors, native};
 use crate::pipeline;
 
 pub(crate) use loader::{Loader, has_one_scale};
@@ -214,14 +214,15 @@ pub fn linear_types(
 ) -> BTreeMap<String, usize> {
     let loader = Loader::new(path, config, tensors, LoadOptions::default());
     let mut types = BTreeMap::new();
-    if loader.is_tiled() {
-        types.insert("2-bit tiles".to_owned(), 7 * config.layers.len());
-        return types;
-    }
     for layer in 0..config.layers.len() {
         for linear in linears(config) {
-            let weight = format!("{}.weight", loader.module(layer, linear.name));
+            let module = loader.module(layer, linear.name);
+            let weight = format!("{module}.weight");
             let dtype = match tensors.dtype(&weight) {
+                _ if loader.is_tiled() => {
+                    let triples = tensors.contains(&format!("{module}{}", native::TRIPLES));
+                    if triples { "5-bit triples" } else { "2-bit tiles" }.to_owned()
+                }
                 Some(DType::U8) => "packed 2-bit".to_owned(),
                 Some(dtype) => dtype.to_string(),
                 None if tensors.contains(&weight) => "unreadable".to_owned(),
