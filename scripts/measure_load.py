@@ -118,7 +118,7 @@ def measure(name: str, command: list, packed: int) -> None:
     for attempt in range(3):
         seconds, most = peak(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         print(f"{name}, run {attempt + 1}: {seconds:.2f} s, peak anonymous memory {most / 1e6:.1f} MB, "
-              f"of which beyond the weights in memory {(most - packed) / 1e6:.1f} MB")
+              f"where the weights take {packed / 1e6:.1f} MB at two bits each")
 
 
 def main() -> None:
@@ -142,7 +142,7 @@ def main() -> None:
                        + 3 * HIDDEN * INTERMEDIATE) // 4
     run = [bitnet, "run", "Once upon a time", "-n", "1", *rest, "-m"]
     measure("checkpoint", [*run, directory], packed)
-    measure("native file", [*run, native], 0)
+    measure("native file", [*run, native], packed)
 
 
 if __name__ == "__main__":
