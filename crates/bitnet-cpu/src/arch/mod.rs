@@ -6,8 +6,8 @@
 //! make all copies give the same bits. [`attention`] and the output head ([`head`]) are written once
 //! too, but over vectors that each instruction set brings ([`lanes`]). Only the integer product of
 //! ternary weights, whose instructions no compiler finds by itself, is written by hand for each;
-//! [`triples`] has that of weights in fewer bits, [`sparse`] has the products of chosen rows or columns alone, [`screen`] those of the screened
-//! output head.
+//! `triples` has that of weights in fewer bits, [`sparse`] the products of chosen rows or columns
+//! alone, [`screen`] those of the screened output head.
 //!
 //! [`Kernels`] is the table of one instruction set. A table is handed out only by
 //! [`for_isa`](Kernels::for_isa), after the CPU was asked, so that holding one proves that its
