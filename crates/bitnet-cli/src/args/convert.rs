@@ -46,7 +46,7 @@ pub enum HeadChoice {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LayoutChoice {
-    /// Two bits per weight
+    /// Two bits per weight: for a file that is to run elsewhere
     Bands,
     /// Five bits for three weights: faster on processors with AVX-512 VBMI, slower on others
     Triples,
