@@ -50,14 +50,8 @@ fn session_tokens(model: &Model) -> Vec<u32> {
 fn native(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.bitnet");
     let checkpoint = source::open("tiny").unwrap();
-    convert::to(
-        &checkpoint,
-        &path,
-        &Target::Native { triples: true },
-        Options::default(),
-        |_, _| {},
-    )
-    .unwrap();
+    let target = Target::Native { triples: true };
+    convert::to(&checkpoint, &path, &target, Options::default(), |_, _| {}).unwrap();
     path
 }
 

@@ -28,14 +28,8 @@ impl Files {
         let convert = |model: &str, name: &str| {
             let path = folder.path().join(name);
             let checkpoint = source::open(model).unwrap();
-            convert::to(
-                &checkpoint,
-                &path,
-                &Target::Native { triples: true },
-                Options::default(),
-                |_, _| {},
-            )
-            .unwrap();
+            let target = Target::Native { triples: true };
+            convert::to(&checkpoint, &path, &target, Options::default(), |_, _| {}).unwrap();
             path
         };
         let story = convert("tiny", "story.bitnet");

@@ -403,6 +403,8 @@ mod parts {
 
 #[cfg(test)]
 mod tests {
+    use bitnet_testing::Random;
+
     use super::*;
 
     /// Every table that this CPU can run, also those that a better one of the same level hides.
@@ -499,11 +501,8 @@ mod tests {
     /// codes too, the same as where they are unpacked.
     #[test]
     fn sums_of_triples_are_those_of_their_tiles() {
-        let mut state = 7u32;
-        let mut next = move || {
-            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-            state >> 16
-        };
+        let mut random = Random::new(7);
+        let mut next = || random.bits();
         let all = all_kernels();
         for count in [1, 2, 3, 26, 72] {
             // All triples 26: 2 in the low three bits of the three that lie across lines, and 3 above.
