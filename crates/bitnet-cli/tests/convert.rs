@@ -16,7 +16,7 @@ fn succeeds(folder: &Folder, arguments: &[&str]) -> Outcome {
 #[test]
 fn the_file_writes_the_same_story() {
     let folder = Folder::new();
-    let convert = ["convert", "tiny", "t.bitnet", "--layout", "bands", "--verify"];
+    let convert = ["convert", "tiny", "t.bitnet", "--layout", "portable", "--verify"];
     let outcome = succeeds(&folder, &convert);
     assert_eq!(outcome.stdout, "");
     assert!(outcome.stderr.starts_with("t.bitnet: "), "{}", outcome.stderr);
@@ -41,7 +41,7 @@ fn the_file_writes_the_same_story() {
 fn either_layout_writes_the_same_story() {
     let folder = Folder::new();
     for (layout, stored) in
-        [("bands", "28 x 2-bit tiles"), ("triples", "4 x 2-bit tiles, 24 x 5-bit triples")]
+        [("portable", "28 x 2-bit tiles"), ("compact", "24 x 5-bit triples, 4 x 8-bit quintuples")]
     {
         succeeds(&folder, &["convert", "tiny", "t.bitnet", "--layout", layout, "--verify"]);
         let info = succeeds(&folder, &["info", "-m", "t.bitnet"]).stdout;
@@ -49,7 +49,7 @@ fn either_layout_writes_the_same_story() {
     }
     // What this processor is fastest with is one of the two.
     succeeds(&folder, &["convert", "tiny", "t.bitnet"]);
-    let outcome = folder.run(&["convert", "tiny", "t.gguf", "--layout", "bands"]);
+    let outcome = folder.run(&["convert", "tiny", "t.gguf", "--layout", "portable"]);
     assert_eq!(outcome.code, Some(2));
     assert_eq!(outcome.stderr, "error: --layout is for .bitnet files\n");
 }

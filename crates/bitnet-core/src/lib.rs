@@ -26,4 +26,6 @@ pub use profile::OperationProfile;
 pub use screen::{Candidate, Keep, Pick, Screen};
 pub use shortcuts::{ShortcutCounts, Shortcuts};
 pub use tensor::Tensor;
-pub use ternary::{LinearUse, TernaryMatrix, TileLayout, TiledMatrix, WeightScale};
+pub use ternary::{
+    ColumnCopy, LinearUse, RunCodes, TernaryMatrix, TileLayout, TiledMatrix, WeightScale,
+};

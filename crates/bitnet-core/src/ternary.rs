@@ -199,10 +199,38 @@ pub enum LinearUse {
 pub enum TileLayout {
     /// Tile after tile: sixteen rows side by side.
     Bands,
-    /// Row after row: each row's share of its tiles together.
-    Rows,
     /// Bands of fewer bytes: three weights in 5 bits.
     Triples,
+    /// Row after row: each row's share of its tiles together.
+    Rows(RunCodes),
+}
+
+/// How the weights of a run lie in its bytes: of a row of a matrix, or of a column, that may be left out.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RunCodes {
+    /// Four to a byte.
+    TwoBits,
+    /// Five to a byte, as a number in base 3.
+    Quintuples,
+}
+
+impl RunCodes {
+    /// Weights in a byte.
+    pub const fn per_byte(self) -> usize {
+        match self {
+            RunCodes::TwoBits => 4,
+            RunCodes::Quintuples => 5,
+        }
+    }
+}
+
+/// A second copy of a matrix, column after column.
+#[derive(Debug, Clone)]
+pub struct ColumnCopy {
+    /// How the weights of a column lie.
+    pub codes: RunCodes,
+    /// All columns.
+    pub bytes: Bytes,
 }
 
 /// A ternary matrix in the layout of the CPU kernels, usually mapped from a file.
@@ -213,12 +241,11 @@ pub struct TiledMatrix {
     scale: WeightScale,
     layout: TileLayout,
     tiles: Bytes,
-    columns: Option<Bytes>,
+    columns: Option<ColumnCopy>,
 }
 
 impl TiledMatrix {
-    /// Puts a matrix together. `columns` is a second copy, column after column, for matrices that
-    /// meet many zero inputs. A backend checks the lengths of the bytes when it loads the matrix.
+    /// Puts a matrix together. `columns` is for matrices that meet many zero inputs. A backend checks the lengths of the bytes when it loads the matrix.
     ///
     /// # Errors
     /// If the scales do not fit the shape or are not usable numbers.
@@ -228,7 +255,7 @@ impl TiledMatrix {
         scale: WeightScale,
         layout: TileLayout,
         tiles: Bytes,
-        columns: Option<Bytes>,
+        columns: Option<ColumnCopy>,
     ) -> Result<Self, Error> {
         scale.check(rows, cols)?;
         Ok(TiledMatrix { rows, cols, scale, layout, tiles, columns })
@@ -260,7 +287,7 @@ impl TiledMatrix {
     }
 
     /// The weights column after column, if there is such a copy.
-    pub fn columns(&self) -> Option<&Bytes> {
+    pub fn columns(&self) -> Option<&ColumnCopy> {
         self.columns.as_ref()
     }
 }

@@ -70,7 +70,7 @@ fn load(
     precision: ActivationPrecision,
     layout: TileLayout,
 ) -> Result<Linear, Error> {
-    let reader = tile::Reader { copies: false, triples: layout == TileLayout::Triples };
+    let reader = tile::Reader { copies: false, compact: layout == TileLayout::Triples };
     let tiled: TiledMatrix = tile::tiled(matrix, precision, LinearUse::Dense, reader)?;
     backend.load_tiled(&tiled, precision)
 }

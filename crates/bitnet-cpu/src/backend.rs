@@ -154,8 +154,9 @@ impl Backend for CpuBackend {
         usage: LinearUse,
     ) -> Result<Linear, Error> {
         let reader =
-            tile::Reader { copies: self.copies, triples: self.compute.kernels.take_triples() };
-        Linear::new(&tile::tiled(matrix, precision, usage, reader)?, precision)
+            tile::Reader { copies: self.copies, compact: self.compute.kernels.take_compact() };
+        let tiled = tile::tiled(matrix, precision, usage, reader)?;
+        Linear::new(&tiled, precision, self.compute.kernels)
     }
 
     fn load_tiled(
@@ -163,7 +164,7 @@ impl Backend for CpuBackend {
         matrix: &TiledMatrix,
         precision: ActivationPrecision,
     ) -> Result<Linear, Error> {
-        Linear::new(matrix, precision)
+        Linear::new(matrix, precision, self.compute.kernels)
     }
 
     fn load_table(&self, table: &Tensor) -> Result<Tensor, Error> {

@@ -45,13 +45,14 @@ impl Isa {
         parsed.map(Some).map_err(|error| unavailable(format!("{}: {error}", Isa::VARIABLE)))
     }
 
-    /// Whether the level, or the best one, decodes faster from weights in triples
-    /// ([`TileLayout::Triples`](bitnet_core::TileLayout::Triples)) than from two bits each.
+    /// Whether the level, or the best one, takes weights in fewer than two bits each
+    /// ([`TileLayout::Triples`](bitnet_core::TileLayout::Triples),
+    /// [`RunCodes::Quintuples`](bitnet_core::RunCodes::Quintuples)), from which it decodes faster.
     ///
     /// # Errors
     /// If this CPU does not have the level.
-    pub fn takes_triples(isa: Option<Isa>) -> Result<bool, Error> {
-        Ok(Isa::kernels(isa)?.take_triples())
+    pub fn takes_compact(isa: Option<Isa>) -> Result<bool, Error> {
+        Ok(Isa::kernels(isa)?.take_compact())
     }
 
     /// Kernels of the level asked for, or of the best one.

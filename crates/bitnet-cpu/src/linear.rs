@@ -1,13 +1,15 @@
 //! A ternary matrix as the kernels want it.
 
 use bitnet_core::backend::{ActivationPrecision, Weigh};
-use bitnet_core::{DType, Error, TileLayout, TiledMatrix, WeightBytes, WeightScale};
-use bitnet_quant::packing::tile::{self, Tile};
+use bitnet_core::{
+    ColumnCopy, DType, Error, RunCodes, TileLayout, TiledMatrix, WeightBytes, WeightScale,
+};
+use bitnet_quant::packing::tile::{self, Tile, runs, triples};
 use bytes::Bytes;
 
 use std::ops::Range;
 
-use crate::arch::{Band, Kernels, OutputScale};
+use crate::arch::{Band, Kernels, OutputScale, Runs};
 
 /// The widest matrix whose sums of code times activation, at most 2 * 128 each, fit 32 bits.
 const MOST_COLUMNS: usize = (i32::MAX / 256) as usize;
@@ -20,7 +22,7 @@ pub struct Linear {
     /// See [`bitnet_quant::packing::tile`].
     tiles: Bytes,
     layout: TileLayout,
-    columns: Option<Bytes>,
+    columns: Option<ColumnCopy>,
     pub(crate) scale: Scale,
     pub(crate) precision: ActivationPrecision,
 }
@@ -46,13 +48,19 @@ impl Weigh for Linear {
             Scale::Rows(values) | Scale::Groups { values, .. } => size_of_val(&values[..]),
         };
         let scales = WeightBytes { mapped: 0, own: scales as u64 };
-        let copies = [Some(&self.tiles), self.columns.as_ref()].into_iter().flatten();
+        let columns = self.columns.as_ref().map(|copy| &copy.bytes);
+        let copies = [Some(&self.tiles), columns].into_iter().flatten();
         copies.map(|bytes| WeightBytes::of(bytes)).chain([scales]).sum()
     }
 }
 
 impl Linear {
-    pub(crate) fn new(matrix: &TiledMatrix, precision: ActivationPrecision) -> Result<Self, Error> {
+    /// `matrix` in layouts that `kernels` take.
+    pub(crate) fn new(
+        matrix: &TiledMatrix,
+        precision: ActivationPrecision,
+        kernels: &Kernels,
+    ) -> Result<Self, Error> {
         let (rows, cols) = (matrix.rows(), matrix.cols());
         if cols > MOST_COLUMNS {
             return Err(Error::TensorShape {
@@ -62,6 +70,16 @@ impl Linear {
             });
         }
         tile::check_len(matrix)?;
+        let portable;
+        let exact = precision == ActivationPrecision::Int8
+            && !matches!(matrix.scale(), WeightScale::Groups { .. });
+        let matrix = match exact && kernels.take_compact() || !tile::is_compact(matrix) {
+            true => matrix,
+            false => {
+                portable = tile::portable(matrix, precision)?;
+                &portable
+            }
+        };
         let scale = match matrix.scale() {
             WeightScale::Multiply(scale) => Scale::Multiply(*scale),
             WeightScale::Divide(scale) => Scale::Divide(*scale),
@@ -108,7 +126,7 @@ impl Linear {
         &self.tiles[bands.start * len..bands.end * len]
     }
 
-    /// A band for the kernels. One that they do not take as it lies is put together in `room`.
+    /// A band for the kernels. One that lies row after row is put together in `room`.
     pub(crate) fn band<'a>(
         &'a self,
         band: usize,
@@ -116,33 +134,30 @@ impl Linear {
         room: &'a mut Vec<Tile>,
     ) -> Band<'a> {
         let bytes = self.band_bytes(band..band + 1);
-        if self.is_taken_by(kernels) {
-            return self.as_it_lies(bytes);
-        }
-        room.resize(tile::tiles_per_band(self.cols), [0; tile::BYTES]);
-        match self.layout {
-            TileLayout::Bands | TileLayout::Rows => kernels.band_of_rows(bytes, room),
-            TileLayout::Triples => {
-                kernels.unpack_band(tile::blocks_and_tiles(bytes, self.cols), room);
+        let TileLayout::Rows(codes) = self.layout else { return self.as_it_lies(bytes) };
+        let tiles = tile::tiles_per_band(self.cols);
+        match codes {
+            RunCodes::TwoBits => {
+                room.resize(tiles, [0; tile::BYTES]);
+                kernels.band_of_rows(bytes, room);
+                Band { blocks: &[], tiles: room }
+            }
+            RunCodes::Quintuples => {
+                let words = runs::words_per_band(self.cols);
+                room.resize(words + tiles, [0; tile::BYTES]);
+                let (words, tiles) = room.split_at_mut(words);
+                kernels.band_of_rows(bytes, words);
+                kernels.tiles_of_quintuples(words, tiles);
+                Band { blocks: &[], tiles }
             }
         }
-        Band { blocks: &[], tiles: room }
     }
 
-    /// Whether these kernels take bands as they lie.
-    fn is_taken_by(&self, kernels: &Kernels) -> bool {
-        match self.layout {
-            TileLayout::Bands => true,
-            TileLayout::Rows => false,
-            TileLayout::Triples => self.exact() && kernels.take_triples(),
-        }
-    }
-
-    /// The bytes of a band as kernels take them.
+    /// The bytes of a band that does not lie row after row.
     fn as_it_lies<'a>(&self, bytes: &'a [u8]) -> Band<'a> {
         let (blocks, tiles) = match self.layout {
-            TileLayout::Triples => tile::blocks_and_tiles(bytes, self.cols),
-            TileLayout::Bands | TileLayout::Rows => (&[][..], bytes.as_chunks().0),
+            TileLayout::Triples => triples::blocks_and_tiles(bytes, self.cols),
+            TileLayout::Bands | TileLayout::Rows(_) => (&[][..], bytes.as_chunks().0),
         };
         Band { blocks, tiles }
     }
@@ -162,29 +177,25 @@ impl Linear {
         }
     }
 
-    /// Band after band, if the kernels take them as they lie and outputs are made of one sum each.
-    pub(crate) fn by_band(
-        &self,
-        bands: Range<usize>,
-        kernels: &Kernels,
-    ) -> Option<impl Iterator<Item = Band<'_>>> {
-        let fits = self.exact() && self.is_taken_by(kernels);
+    /// Band after band, if that is how they lie and outputs are made of one sum each.
+    pub(crate) fn by_band(&self, bands: Range<usize>) -> Option<impl Iterator<Item = Band<'_>>> {
+        let fits = self.exact() && !matches!(self.layout, TileLayout::Rows(_));
         let bytes = self.band_bytes(bands.clone());
         let len = (bytes.len() / bands.len().max(1)).max(1);
         fits.then(|| bytes.chunks_exact(len).map(|band| self.as_it_lies(band)))
     }
 
-    /// All rows one after another and the bytes of each, if that is how the matrix lies and rows may
-    /// be computed by themselves.
-    pub(crate) fn by_row(&self) -> Option<(&[u8], usize)> {
-        let fits = self.layout == TileLayout::Rows && self.exact();
-        fits.then(|| (&self.tiles[..], 4 * tile::tiles_per_band(self.cols)))
+    /// All rows one after another, if that is how the matrix lies and rows may be computed by
+    /// themselves.
+    pub(crate) fn by_row(&self) -> Option<Runs<'_>> {
+        let TileLayout::Rows(codes) = self.layout else { return None };
+        let len = runs::row_bytes(codes, self.cols);
+        self.exact().then(|| Runs { codes, bytes: &self.tiles, len })
     }
 
-    /// All columns one after another and the bytes of each, if there is such a copy and zero inputs
-    /// may be left out.
-    pub(crate) fn by_column(&self) -> Option<(&[u8], usize)> {
-        let columns = self.columns.as_ref().filter(|_| self.exact())?;
-        Some((columns, tile::column_bytes(self.rows)))
+    /// All columns one after another, if there is such a copy and zero inputs may be left out.
+    pub(crate) fn by_column(&self) -> Option<Runs<'_>> {
+        let ColumnCopy { codes, bytes } = self.columns.as_ref().filter(|_| self.exact())?;
+        Some(Runs { codes: *codes, bytes, len: runs::column_bytes(*codes, self.rows) })
     }
 }

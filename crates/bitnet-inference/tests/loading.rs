@@ -50,7 +50,7 @@ fn session_tokens(model: &Model) -> Vec<u32> {
 fn native(folder: &Path) -> PathBuf {
     let path = folder.join("tiny.bitnet");
     let checkpoint = source::open("tiny").unwrap();
-    let target = Target::Native { triples: true };
+    let target = Target::Native { compact: true };
     convert::to(&checkpoint, &path, &target, Options::default(), |_, _| {}).unwrap();
     path
 }

@@ -28,7 +28,7 @@ impl Files {
         let convert = |model: &str, name: &str| {
             let path = folder.path().join(name);
             let checkpoint = source::open(model).unwrap();
-            let target = Target::Native { triples: true };
+            let target = Target::Native { compact: true };
             convert::to(&checkpoint, &path, &target, Options::default(), |_, _| {}).unwrap();
             path
         };

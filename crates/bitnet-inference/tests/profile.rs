@@ -1,6 +1,6 @@
 //! The profile counts what a run has read and multiplied.
 
-use bitnet_core::{OperationProfile, Shortcuts, TileLayout};
+use bitnet_core::{OperationProfile, RunCodes, Shortcuts, TileLayout};
 use bitnet_cpu::Isa;
 use bitnet_inference::{Model, ModelOptions, SessionOptions};
 use bitnet_model::weights;
@@ -43,16 +43,16 @@ fn every_weight_is_counted_once_per_step_and_every_product_once_per_token() {
     let ternary = weights::ternary_weights(config);
     let profile = profile(&model);
     // As the matrices lie.
-    let layout = match Isa::takes_triples(None).unwrap() {
-        true => TileLayout::Triples,
-        false => TileLayout::Bands,
+    let (layout, codes) = match Isa::takes_compact(None).unwrap() {
+        true => (TileLayout::Triples, RunCodes::Quintuples),
+        false => (TileLayout::Bands, RunCodes::TwoBits),
     };
     let (hidden, intermediate) = (config.hidden_size, config.intermediate_size);
     let (heads, kv) = (config.heads * config.head_size, config.kv_heads * config.head_size);
     let dense = [(heads, hidden), (kv, hidden), (kv, hidden), (hidden, heads)];
     let matrices = dense.into_iter().chain([(intermediate, hidden), (hidden, intermediate)]);
     let matrices = matrices.map(|shape| (layout, shape));
-    let matrices = matrices.chain([(TileLayout::Rows, (intermediate, hidden))]);
+    let matrices = matrices.chain([(TileLayout::Rows(codes), (intermediate, hidden))]);
     let bytes_of = |(layout, (rows, cols))| tile::byte_len(layout, rows, cols).unwrap() as u64;
     let weight_bytes = config.layers.len() as u64 * matrices.map(bytes_of).sum::<u64>();
     let products = ["linears", "gate and up", "live rows"];

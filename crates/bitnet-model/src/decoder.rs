@@ -188,10 +188,14 @@ impl<B: Backend> Decoder<B> {
         tables.chain(screen).chain([final_norm.weight_bytes()]).chain(layers).sum()
     }
 
-    /// Bytes of the gates' matrices of all layers, which no shortcut lays out in a way of its own.
-    pub fn gate_bytes(&self) -> u64 {
-        let gates = self.weights.layers.iter().map(|layer| &layer.ffn.gate.weight);
-        gates.map(|gate| gate.weight_bytes().total()).sum()
+    /// Bytes of all layers' matrices of `gate`, which are read whole, and of `up`, which shortcuts may
+    /// read by rows.
+    pub fn gate_and_up_bytes(&self) -> [u64; 2] {
+        let layers = self.weights.layers.iter();
+        layers.fold([0; 2], |[gates, ups], Layer { ffn, .. }| {
+            let bytes = |linear: &BitLinear<B>| linear.weight.weight_bytes().total();
+            [gates + bytes(&ffn.gate), ups + bytes(&ffn.up)]
+        })
     }
 
     /// Layout of the keys and values of all layers.

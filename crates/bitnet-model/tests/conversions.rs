@@ -29,7 +29,7 @@ const BOUND: f32 = 0.3;
 
 /// Every format and packing.
 const TARGETS: [(&str, Target); 8] = [
-    ("bitnet", Target::Native { triples: true }),
+    ("bitnet", Target::Native { compact: true }),
     ("hf", Target::HuggingFace { packed: false, head: None }),
     ("hf-packed", Target::HuggingFace { packed: true, head: None }),
     ("tq2_0", gguf(DType::Tq2_0)),
@@ -214,7 +214,7 @@ fn sentencepiece_vocabularies_go_where_there_is_room_for_them() {
         let model = open(&model);
         // From a native file nothing can be copied.
         let native =
-            convert(&model, &folder.path().join("native"), &Target::Native { triples: true })
+            convert(&model, &folder.path().join("native"), &Target::Native { compact: true })
                 .unwrap();
         let target = Target::HuggingFace { packed: true, head: None };
         let path = folder.path().join(format!("{seed}-hf"));

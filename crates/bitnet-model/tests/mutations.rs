@@ -156,7 +156,7 @@ fn native_seed() -> Seed {
     convert::to(
         &tiny,
         &path,
-        &convert::Target::Native { triples: true },
+        &convert::Target::Native { compact: true },
         convert::Options::default(),
         |_, _| (),
     )

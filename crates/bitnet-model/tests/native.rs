@@ -45,7 +45,7 @@ fn write_tiny(folder: &Path) -> PathBuf {
     convert::to(
         &source::open(TINY).unwrap(),
         &path,
-        &Target::Native { triples: true },
+        &Target::Native { compact: true },
         Options::default(),
         |_, _| (),
     )
@@ -98,8 +98,8 @@ fn comparable(config: &ModelConfig, vocab_size: usize) -> ModelConfig {
 }
 
 fn assert_comes_back(name: &str, before: &Checkpoint) {
-    for triples in [false, true] {
-        assert_comes_back_from(&Target::Native { triples }, name, before);
+    for compact in [false, true] {
+        assert_comes_back_from(&Target::Native { compact }, name, before);
     }
 }
 
@@ -223,17 +223,19 @@ fn refused(path: &Path, words: &str) {
 }
 
 #[test]
-fn version_2_which_knew_no_triples_is_read() {
+fn versions_that_knew_fewer_layouts_are_read() {
     let folder = folder();
     let before = source::open(TINY).unwrap();
     let path = folder.path().join("tiny.bitnet");
-    let target = Target::Native { triples: false };
+    let target = Target::Native { compact: false };
     convert::to(&before, &path, &target, Options::default(), |_, _| ()).unwrap();
     let bytes = fs::read(&path).unwrap();
-    let at = bytes.windows(13).position(|window| window == br#""version":"3""#).unwrap();
-    let older = [&bytes[..at], br#""version":"2""#, &bytes[at + 13..]].concat();
-    fs::write(&path, older).unwrap();
-    assert!(results(&open(&path).unwrap()).0 == results(&before).0);
+    let at = bytes.windows(13).position(|window| window == br#""version":"4""#).unwrap();
+    for version in [br#""version":"2""#, br#""version":"4""#] {
+        let older = [&bytes[..at], version, &bytes[at + 13..]].concat();
+        fs::write(&path, older).unwrap();
+        assert!(results(&open(&path).unwrap()).0 == results(&before).0);
+    }
 }
 
 #[test]
@@ -242,9 +244,9 @@ fn other_versions_and_broken_descriptions_are_refused() {
     let folder = folder.path();
     for (from, to, words) in [
         (
-            r#""version":"3""#,
+            r#""version":"4""#,
             r#""version":"1""#,
-            "version `1` and this program reads versions 2 and 3",
+            "version `1` and this program reads versions 2, 3, 4",
         ),
         (r#"\"kv_heads\":2"#, r#"\"kv_heads\":3"#, "4 heads of 64 for 3 key/value heads"),
         (r#"\"kv_heads\":2"#, r#"\"kv_heads\":0"#, "`kv_heads` 0: 1 to 4 are possible"),
@@ -254,7 +256,11 @@ fn other_versions_and_broken_descriptions_are_refused() {
         (r#"\"hidden_size\":256"#, r#"\"hidden_size\":128"#, "tensor `embedding.weight`"),
         (r#"\"bos\":2036"#, r#"\"bos\":9036"#, "token id 9036"),
         (r#""layers.2.up.scale.multiply":{"#, r#""layers.2.up.scale.subtract":{"#, "any scale"),
-        (r#""layers.2.up.tiles.rows":{"#, r#""layers.2.up.tiles.bows":{"#, "is missing"),
+        (
+            r#""layers.2.up.tiles.rows.quintuples":{"#,
+            r#""layers.2.up.tiles.rows.quintuplex":{"#,
+            "is missing",
+        ),
         (r#""screen":{"#, r#""scream":{"#, "tensor `scream`: is not part of"),
         (r#""padding.3":{"#, r#""pudding.3":{"#, "tensor `pudding.3`: is not part of"),
     ] {
@@ -299,7 +305,7 @@ fn a_conversion_that_ends_early_leaves_what_was_there() {
     convert::to(
         &source::open(TINY).unwrap(),
         &path,
-        &Target::Native { triples: true },
+        &Target::Native { compact: true },
         Options::default(),
         |_, _| {
             // Ending here leaves this file.
@@ -320,7 +326,7 @@ fn a_conversion_that_ends_early_leaves_what_was_there() {
     let error = convert::to(
         &broken,
         &path,
-        &Target::Native { triples: true },
+        &Target::Native { compact: true },
         Options::default(),
         |_, _| (),
     )

@@ -46,10 +46,10 @@ pub enum HeadChoice {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum LayoutChoice {
-    /// Two bits per weight: for a file that is to run elsewhere
-    Bands,
-    /// Five bits for three weights: faster on processors with AVX-512 VBMI, slower on others
-    Triples,
+    /// Two bits per weight, which every processor maps as they are
+    Portable,
+    /// Fewer bits: faster on processors with AVX-512 VBMI, slower to load on others
+    Compact,
 }
 
 #[derive(Debug, Args)]

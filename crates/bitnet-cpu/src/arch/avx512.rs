@@ -6,15 +6,19 @@ use std::arch::x86_64::*;
 use super::parts::*;
 use super::{avx2, triples};
 
-/// The kernels, if this CPU has the instructions: those that take triples where it has VBMI too.
+/// The kernels, if this CPU has the instructions: those that take compact layouts where it has VBMI too.
 pub(super) fn kernels() -> Option<&'static Kernels> {
-    static WITH_TRIPLES: Kernels = Kernels { triples_int8: Some(triples::ternary_int8), ..KERNELS };
-    let plain = without_triples()?;
-    Some(if is_x86_feature_detected!("avx512vbmi") { &WITH_TRIPLES } else { plain })
+    static COMPACT: Kernels = Kernels {
+        triples_int8: Some(triples::ternary_int8),
+        sparse: &sparse::avx512::COMPACT,
+        ..KERNELS
+    };
+    let plain = without_compact()?;
+    Some(if is_x86_feature_detected!("avx512vbmi") { &COMPACT } else { plain })
 }
 
 /// The kernels of CPUs without VBMI, such as Cascade Lake.
-pub(super) fn without_triples() -> Option<&'static Kernels> {
+pub(super) fn without_compact() -> Option<&'static Kernels> {
     let detected = avx2::detected()
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")

@@ -36,14 +36,15 @@ mod triples;
 use bitnet_core::DType;
 use bitnet_core::backend::Activation;
 use bitnet_quant::activation::QuantizedRow;
-use bitnet_quant::packing::tile::{self, Block, Tile};
+use bitnet_quant::packing::tile::triples::{BLOCK_COLS, Block};
+use bitnet_quant::packing::tile::{self, Tile};
 
 use crate::Isa;
 
 pub(crate) use attention::{Attention, KvData, PANEL, Room, panel_place, partial_len, room_len};
 pub(crate) use generic::{BandScale, OutputScale};
 pub(crate) use head::HeadRow;
-pub(crate) use sparse::{planes_len, spread};
+pub(crate) use sparse::{Runs, planes_len, spread};
 
 /// The weights of sixteen rows (see [`bitnet_quant::packing::tile`]): blocks of triples, if there are any,
 /// and then tiles.
@@ -55,7 +56,6 @@ pub(crate) struct Band<'a> {
 
 type TernaryInt8 = unsafe fn(&[Tile], &[i8], usize, &mut [[i32; tile::ROWS]]);
 type TriplesInt8 = unsafe fn(Band<'_>, &[i8], usize, &mut [[i32; tile::ROWS]]);
-type UnpackBand = unsafe fn((&[Block], &[Tile]), &mut [Tile]);
 type NormQuantize = unsafe fn(&[f32], &[f32], f32, &mut [f32], &mut [i8]) -> QuantizedRow;
 type TernaryF32 = unsafe fn(&[Tile], &[f32], usize, &mut [[f32; tile::ROWS]]);
 
@@ -103,7 +103,6 @@ pub(crate) struct Kernels {
     pub(crate) name: &'static str,
     ternary_int8: TernaryInt8,
     triples_int8: Option<TriplesInt8>,
-    unpack_band: UnpackBand,
     upper_bounds: screen::UpperBounds,
     ternary_f32: TernaryF32,
     rms_norm: unsafe fn(&[f32], &[f32], f32, &mut [f32]),
@@ -143,10 +142,10 @@ impl Kernels {
         }
     }
 
-    /// Whether [`ternary_int8`](Kernels::ternary_int8) takes bands with blocks of triples, which is
-    /// worth it where looking weights up is faster than reading more bytes.
-    pub(crate) fn take_triples(&self) -> bool {
-        self.triples_int8.is_some()
+    /// Whether these kernels take weights in fewer than two bits: bands with blocks of triples, and
+    /// runs in quintuples. That is worth it where decoding them is faster than reading more bytes.
+    pub(crate) fn take_compact(&self) -> bool {
+        self.triples_int8.is_some() && self.sparse.takes_quintuples()
     }
 
     /// `acc[t][r] += sum over k of code(r, k) * q[t * stride + k]`, exactly, for the 16 rows and all
@@ -164,7 +163,7 @@ impl Kernels {
     ) {
         let Some(last) = acc.len().checked_sub(1) else { return };
         let Band { blocks, tiles } = band;
-        let columns = blocks.len() * tile::BLOCK_COLS + tiles.len() * tile::COLS;
+        let columns = blocks.len() * BLOCK_COLS + tiles.len() * tile::COLS;
         assert!(last * stride + columns <= q.len());
         if blocks.is_empty() {
             // SAFETY: the CPU has the instructions (see `Kernels`), and `q` has every element that
@@ -209,8 +208,6 @@ macro_rules! methods {
 }
 
 methods! {
-    /// [`tile::unpack_band`].
-    unpack_band(band: (&[Block], &[Tile]), tiles: &mut [Tile]);
     /// [`bitnet_core::numerics::rms_norm`].
     rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]);
     /// [`bitnet_quant::activation::quantize_row`].
@@ -270,10 +267,6 @@ macro_rules! instantiate {
         $(#[$features])?
         fn ternary_f32(tiles: &[Tile], x: &[f32], stride: usize, sums: &mut [[f32; tile::ROWS]]) {
             generic::ternary_f32(tiles, x, stride, sums);
-        }
-        $(#[$features])?
-        fn unpack_band(band: (&[Block], &[Tile]), tiles: &mut [Tile]) {
-            tile::unpack_band(band, tiles);
         }
         $(#[$features])?
         fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
@@ -362,7 +355,6 @@ macro_rules! instantiate {
             name: $name,
             ternary_int8: $ternary_int8,
             triples_int8: None,
-            unpack_band,
             upper_bounds: $upper_bounds,
             ternary_f32,
             rms_norm,
@@ -392,8 +384,8 @@ mod parts {
     pub(super) use super::attention::{self, Attention, Room};
     pub(super) use super::lanes::Lanes;
     pub(super) use super::{
-        BandScale, Block, HeadRow, Kernels, OutputScale, Tile, generic, head, instantiate, passes,
-        screen, sparse, tile,
+        BandScale, HeadRow, Kernels, OutputScale, Tile, generic, head, instantiate, passes, screen,
+        sparse, tile,
     };
 
     pub(super) use bitnet_core::backend::Activation;
@@ -403,6 +395,7 @@ mod parts {
 
 #[cfg(test)]
 mod tests {
+    use bitnet_quant::packing::tile::triples;
     use bitnet_testing::Random;
 
     use super::*;
@@ -416,7 +409,7 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         let variants = [
             ("avx512 in place of avxvnni".to_owned(), avxvnni::stand_in()),
-            ("avx512 without triples".to_owned(), avx512::without_triples()),
+            ("avx512 without compact layouts".to_owned(), avx512::without_compact()),
         ];
         #[cfg(not(any(target_arch = "aarch64", target_arch = "x86_64")))]
         let variants: [(String, Option<&Kernels>); 0] = [];
@@ -508,9 +501,9 @@ mod tests {
             // All triples 26: 2 in the low three bits of the three that lie across lines, and 3 above.
             let high = [2 << 5, 0b111 << 5, 2 << 5, 0b111 << 5, 2 << 5];
             let fullest: Block = std::array::from_fn(|i| 26 | high[i / tile::LINE]);
-            let fullest_tiles = [[0b10_10_10_10; tile::BYTES]; tile::BLOCK_TILES];
+            let fullest_tiles = [[0b10_10_10_10; tile::BYTES]; triples::BLOCK_TILES];
             let mut unpacked = fullest_tiles.map(|_| [0; tile::BYTES]);
-            tile::unpack_band((&[fullest], &[]), &mut unpacked);
+            triples::unpack_band((&[fullest], &[]), &mut unpacked);
             assert_eq!(unpacked, fullest_tiles);
             let random: Vec<Block> =
                 (0..count).map(|_| std::array::from_fn(|_| next() as u8)).collect();
@@ -519,27 +512,24 @@ mod tests {
                 (vec![fullest; count], Some(127)),
                 (vec![fullest; count], Some(-128)),
             ] {
-                let mut tiles = vec![[0; tile::BYTES]; tile::BLOCK_TILES * count];
-                tile::unpack_band((&blocks, &[]), &mut tiles);
-                let stride = count * tile::BLOCK_COLS + 5;
+                let mut tiles = vec![[0; tile::BYTES]; triples::BLOCK_TILES * count];
+                triples::unpack_band((&blocks, &[]), &mut tiles);
+                let stride = count * triples::BLOCK_COLS + 5;
                 let q: Vec<i8> = (0..stride * 25).map(|_| fill.unwrap_or(next() as i8)).collect();
                 for tokens in (1..=17).chain([24]) {
                     let expected: Vec<[i32; 16]> = (0..tokens)
                         .map(|t| {
-                            let q = &q[t * stride..][..count * tile::BLOCK_COLS];
+                            let q = &q[t * stride..][..count * triples::BLOCK_COLS];
                             exact(&tiles, q).map(|sum| sum - 3)
                         })
                         .collect();
                     for kernels in &all {
-                        let mut unpacked = vec![[0; tile::BYTES]; tiles.len()];
-                        kernels.unpack_band((&blocks, &[]), &mut unpacked);
-                        assert_eq!(unpacked, tiles, "{}", kernels.name);
-                        if !kernels.take_triples() {
+                        if kernels.triples_int8.is_none() {
                             continue;
                         }
                         // The last block once more as the tiles that it is made of.
                         for blocks in [&blocks[..], &blocks[..count - 1]] {
-                            let tiles = &tiles[tile::BLOCK_TILES * blocks.len()..];
+                            let tiles = &tiles[triples::BLOCK_TILES * blocks.len()..];
                             let mut acc = vec![[-3; 16]; tokens];
                             kernels.ternary_int8(Band { blocks, tiles }, &q, stride, &mut acc);
                             let case = format!("{}, {tokens} tokens, {count} blocks", kernels.name);

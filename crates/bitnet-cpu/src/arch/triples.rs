@@ -1,4 +1,4 @@
-//! Bands of triples (see [`bitnet_quant::packing::tile`]) on AVX-512 with VBMI, whose vpermb looks 64
+//! Bands of triples (see [`bitnet_quant::packing::tile::triples`]) on AVX-512 with VBMI, whose vpermb looks 64
 //! bytes up at once: Intel since Ice Lake, AMD since Zen 4.
 //!
 //! A sixth fewer bytes than two bits a weight, and about as many instructions:
@@ -11,7 +11,7 @@
 
 use std::arch::x86_64::*;
 
-use bitnet_quant::packing::tile;
+use bitnet_quant::packing::tile::{self, triples};
 
 use super::{Band, passes};
 
@@ -20,7 +20,7 @@ static CODES: [u8; 64] = {
     let mut codes = [0; 64];
     let mut i = 0;
     while i < 64 {
-        codes[i] = tile::codes_of_triple(i as u8 % 32);
+        codes[i] = triples::codes_of_triple(i as u8 % 32);
         i += 1;
     }
     codes
@@ -67,7 +67,7 @@ pub(super) unsafe fn ternary_int8(
         if after.is_empty() {
             return;
         }
-        q = q.wrapping_add(blocks.len() * tile::BLOCK_COLS);
+        q = q.wrapping_add(blocks.len() * triples::BLOCK_COLS);
         left = after;
     }
 }
@@ -144,7 +144,7 @@ unsafe fn pass<const T: usize, const SUMS: usize>(
         add_triples!(
             0: line[0], 1: line[1], 2: line[2], 3: line[3], 4: line[4], 5: five, 6: six, 7: seven
         );
-        q = q.wrapping_add(tile::BLOCK_COLS);
+        q = q.wrapping_add(triples::BLOCK_COLS);
     }
     for tile in band.tiles {
         // SAFETY: a tile has 64 bytes.

@@ -16,7 +16,7 @@ use bitnet_quant::packing::tile;
 
 use super::linears::{Inputs, tasks};
 use super::{Compute, Scratch, ThreadScratch, at_least, count, lock};
-use crate::arch::{planes_len, spread};
+use crate::arch::{Runs, planes_len, spread};
 use crate::buffer::Buffer;
 use crate::linear::Linear;
 use crate::profile::Call;
@@ -67,8 +67,8 @@ impl Compute {
                 // All gates first: going from one matrix to the other and back would break off what
                 // the hardware reads ahead.
                 self.multiply(inputs, &[ffn.gate], &mut [&mut *gate], group_sums, threads);
-                let planes = at_least(planes, planes_len(inputs.quantized.len()));
-                spread(inputs.quantized, planes);
+                let planes = at_least(planes, planes_len(matrix));
+                spread(inputs.quantized, matrix, planes);
                 self.live_rows(ffn, matrix, inputs, planes, threads, gate, up);
             }
             None => self.gate_and_up(ffn, inputs, group_sums, threads, gate, up),
@@ -130,7 +130,7 @@ impl Compute {
     fn live_rows(
         &self,
         ffn: Ffn<'_>,
-        matrix: (&[u8], usize),
+        matrix: Runs<'_>,
         inputs: Inputs<'_>,
         planes: &[i8],
         threads: &[Mutex<ThreadScratch>],
@@ -167,7 +167,7 @@ impl Compute {
     fn up_rows(
         &self,
         ffn: Ffn<'_>,
-        (matrix, row_bytes): (&[u8], usize),
+        matrix: Runs<'_>,
         inputs: Inputs<'_>,
         planes: &[i8],
         own: &mut ThreadScratch,
@@ -204,7 +204,7 @@ impl Compute {
         }
         let list = &*order;
         let acc = &mut at_least(live_sums, all)[..live];
-        self.kernels.ternary_rows(matrix, row_bytes, planes, list, acc);
+        self.kernels.ternary_rows(matrix, planes, list, acc);
         let QuantizedRow { scale, sum } = inputs.rows[0];
         let sums = &mut at_least(sums, all)[..rows.len()];
         sums.fill(0);
@@ -221,14 +221,14 @@ impl Compute {
     fn down_columns(
         &self,
         down: &Linear,
-        (matrix, column_bytes): (&[u8], usize),
+        matrix: Runs<'_>,
         inputs: Inputs<'_>,
         room: &mut Vec<(u32, i8)>,
         threads: &[Mutex<ThreadScratch>],
         out: &mut Buffer,
     ) {
         let start = self.profile.start();
-        let height = 4 * column_bytes;
+        let height = matrix.codes.per_byte() * matrix.len;
         let columns = &inputs.quantized[..down.cols()];
         let share = columns.len().div_ceil(self.parts(height * columns.len()));
         let lists = Chunks::new(at_least(room, columns.len()), share);
@@ -248,7 +248,7 @@ impl Compute {
             // Each thread has sums for all rows, of the columns in its parts.
             let sums = at_least(column_sums, height);
             let narrow = at_least(narrow, height);
-            self.kernels.ternary_columns(matrix, column_bytes, list, narrow, sums);
+            self.kernels.ternary_columns(matrix, list, narrow, sums);
         });
         let [first, others @ ..] = threads else { unreachable!("a pool has a thread") };
         let mut first = lock(first);
@@ -267,7 +267,7 @@ impl Compute {
             let live = columns.iter().filter(|&&q| q != 0).count();
             Call {
                 shape: Some([down.cols(), down.rows()]),
-                bytes: live * column_bytes,
+                bytes: live * matrix.len,
                 macs: live * down.rows(),
                 ..Call::of_rows("live columns", 1)
             }

@@ -198,9 +198,7 @@ impl Compute {
     ) {
         let columns = strip.columns();
         let bands = columns.start / tile::ROWS..columns.end.div_ceil(tile::ROWS);
-        if let ([row], Some(by_band)) =
-            (inputs.rows, task.linear.by_band(bands.clone(), self.kernels))
-        {
+        if let ([row], Some(by_band)) = (inputs.rows, task.linear.by_band(bands.clone())) {
             // One token: nothing comes between the bands, which are read in one go.
             // Room for all bands: whichever part a thread gets later, it need not grow.
             let acc = at_least(&mut own.acc, task.linear.rows().div_ceil(tile::ROWS));

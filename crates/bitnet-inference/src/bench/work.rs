@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use bitnet_core::backend::{Activation, Backend, KvType};
+use bitnet_core::backend::{Backend, KvType};
 use bitnet_core::{ShortcutCounts, screen};
 use bitnet_model::decoder::Decoder;
 use bitnet_model::weights;
@@ -136,11 +136,10 @@ pub struct Costs {
     pub ternary_weights: u64,
     /// Of those, weights of all `up` matrices, and as many of all `down` matrices.
     pub up_weights: u64,
-    /// Bits per weight of matrices that are read whole; rows and columns that are read by themselves
-    /// have two.
+    /// Bits per weight of matrices that are read whole.
     pub bits_per_weight: f64,
-    /// Whether `up` lies in rows that can be read by themselves.
-    pub up_by_row: bool,
+    /// Bits per weight of `up`.
+    pub up_bits_per_weight: f64,
     /// Rows of the output head; 0 for a model that makes embeddings and has none.
     pub head_rows: u64,
     /// Elements of a row of the head.
@@ -159,12 +158,14 @@ impl Costs {
         let config = decoder.config();
         let layers = config.layers.len() as u64;
         let up_weights = layers * config.hidden_size as u64 * config.intermediate_size as u64;
+        let [bits_per_weight, up_bits_per_weight] =
+            decoder.gate_and_up_bytes().map(|bytes| 8.0 * bytes as f64 / up_weights as f64);
         let (head_rows, head_row_bytes) = if config.pooling.is_some() { (0, 0) } else { head };
         Costs {
             ternary_weights: weights::ternary_weights(config),
             up_weights,
-            bits_per_weight: 8.0 * decoder.gate_bytes() as f64 / up_weights as f64,
-            up_by_row: config.activation == Activation::Relu2,
+            bits_per_weight,
+            up_bits_per_weight,
             head_rows,
             hidden: config.hidden_size as u64,
             head_row_bytes,
@@ -199,9 +200,10 @@ impl Costs {
             let rows = step.rows() as f64;
             work.ternary_macs += rows * (weights - part * (skipped[0] + skipped[1]));
             let unread = skipped.map(|skipped| 1.0 - (rows * (1.0 - skipped)).min(1.0));
-            let up_bits = if self.up_by_row { 2.0 * (1.0 - unread[0]) } else { whole };
-            // A step that leaves any columns out reads the copy by columns.
-            let down_bits = if unread[1] > 0.0 { 2.0 * (1.0 - unread[1]) } else { whole };
+            let runs = self.up_bits_per_weight;
+            let up_bits = runs * (1.0 - unread[0]);
+            // A step that leaves any columns out reads the copy by columns, which lie as rows of `up`.
+            let down_bits = if unread[1] > 0.0 { runs * (1.0 - unread[1]) } else { whole };
             let bits = (weights - 2.0 * part) * whole + part * (up_bits + down_bits);
             work.ternary_bytes += bits / 8.0;
             let picks = step.picks.len() as f64;
@@ -269,7 +271,7 @@ mod tests {
             ternary_weights: 2_084_044_800,
             up_weights: 530_841_600,
             bits_per_weight: 2.0,
-            up_by_row: true,
+            up_bits_per_weight: 2.0,
             head_rows: 128_256,
             hidden: 2560,
             head_row_bytes: 5120,
@@ -298,18 +300,15 @@ mod tests {
     }
 
     #[test]
-    fn rows_of_up_and_chosen_columns_of_down_have_two_bits_per_weight() {
+    fn rows_of_up_and_chosen_columns_of_down_have_bits_of_their_own() {
         let (all, up) = (2_084_044_800.0, 530_841_600.0);
         let one = test(Kind::Decode, 1, 0, 1);
-        let costs = Costs { bits_per_weight: 1.6, ..costs_of_2b() };
+        let costs = Costs { bits_per_weight: 1.7, up_bits_per_weight: 1.6, ..costs_of_2b() };
         let work = costs.work(&one, &Savings::default());
-        assert_eq!(work.ternary_bytes, ((all - 2.0 * up) * 1.6 + up * (2.0 + 1.6)) / 8.0);
+        assert_eq!(work.ternary_bytes, ((all - 2.0 * up) * 1.7 + up * (1.6 + 1.7)) / 8.0);
         let skipped = Savings { down_columns_skipped: 0.75, ..Savings::default() };
         let work = costs.work(&one, &skipped);
-        assert_eq!(work.ternary_bytes, ((all - 2.0 * up) * 1.6 + up * 2.5) / 8.0);
-        let without_rows = Costs { up_by_row: false, ..costs };
-        let work = without_rows.work(&one, &Savings::default());
-        assert_eq!(work.ternary_bytes, all * 1.6 / 8.0);
+        assert_eq!(work.ternary_bytes, ((all - 2.0 * up) * 1.7 + up * (1.6 + 0.4)) / 8.0);
     }
 
     #[test]

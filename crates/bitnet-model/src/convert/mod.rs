@@ -32,10 +32,10 @@ use crate::weights::{LoadOptions, Loader, PartKind, PartPlace, Tables, part_plac
 pub enum Target {
     /// A `.bitnet` file.
     Native {
-        /// Whether weights that are read whole take 5 bits for three in place of 6. Every CPU computes
-        /// the same from both; those with AVX-512 VBMI (Ice Lake, Zen 4 and later) decode faster from
-        /// these, others slower.
-        triples: bool,
+        /// Whether weights take fewer than two bits each. Every CPU computes the same from both; those
+        /// with AVX-512 VBMI (Ice Lake, Zen 4 and later) decode faster from these, others lay them out
+        /// anew when they load them.
+        compact: bool,
     },
     /// A folder as transformers reads it.
     HuggingFace {
@@ -96,8 +96,8 @@ pub fn to(
     let source = Source::open(checkpoint, options.load)?;
     let mut notes = source.notes.clone();
     match *target {
-        Target::Native { triples } => {
-            let reader = Reader { copies: true, triples };
+        Target::Native { compact } => {
+            let reader = Reader { copies: true, compact };
             native::write(&source, path, reader, &mut progress)?;
         }
         Target::HuggingFace { packed, head } => {

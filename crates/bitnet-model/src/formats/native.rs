@@ -13,7 +13,9 @@ use std::sync::Arc;
 
 use bitnet_core::backend::{Activation, ActivationPrecision};
 use bitnet_core::mmap::map_file;
-use bitnet_core::{DType, Screen, Tensor, TileLayout, TiledMatrix, WeightScale};
+use bitnet_core::{
+    ColumnCopy, DType, RunCodes, Screen, Tensor, TileLayout, TiledMatrix, WeightScale,
+};
 use bytes::Bytes;
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
@@ -34,10 +36,11 @@ use crate::tokenizer::{StoredTokenizer, Tokenizer};
 pub const MAGIC: &[u8] = br#"{"__metadata__":{"format":"bitnet","version":""#;
 
 /// The version this program writes.
-pub const VERSION: &str = "3";
+pub const VERSION: &str = "4";
 
-/// The versions this program reads. Version 2 is the same without matrices in triples.
-const READ: [&str; 2] = ["2", VERSION];
+/// The versions this program reads. Version 3 is the same without quintuples, version 2 without triples
+/// too.
+const READ: [&str; 3] = ["2", "3", VERSION];
 
 /// The extension of native files, by which a folder's is found.
 pub const EXTENSION: &str = "bitnet";
@@ -192,7 +195,7 @@ fn check_version(bytes: &[u8], path: &Path) -> Result<(), Error> {
             "is a .bitnet file of version `{}` and this program reads versions {}: update the \
              program, or convert the model again",
             excerpt(&String::from_utf8_lossy(&rest[..end])),
-            READ.join(" and ")
+            READ.join(", ")
         );
         return Err(Error::file(path, reason));
     }
@@ -330,15 +333,15 @@ impl Model {
     }
 }
 
-/// Name of the tensor of a matrix in triples, after its module's name.
-pub(crate) const TRIPLES: &str = ".tiles.triples";
-/// Names of the tensors that a matrix is stored in, likewise.
-const TILES: [(&str, TileLayout); 3] = [
+/// Names of the tensors that a matrix is stored in, after its module's name.
+const TILES: [(&str, TileLayout); 4] = [
     (".tiles.bands", TileLayout::Bands),
-    (".tiles.rows", TileLayout::Rows),
-    (TRIPLES, TileLayout::Triples),
+    (".tiles.triples", TileLayout::Triples),
+    (".tiles.rows", TileLayout::Rows(RunCodes::TwoBits)),
+    (".tiles.rows.quintuples", TileLayout::Rows(RunCodes::Quintuples)),
 ];
-const COLUMNS: &str = ".tiles.columns";
+const COLUMNS: [(&str, RunCodes); 2] =
+    [(".tiles.columns", RunCodes::TwoBits), (".tiles.columns.quintuples", RunCodes::Quintuples)];
 const MULTIPLY: &str = ".scale.multiply";
 const DIVIDE: &str = ".scale.divide";
 const ROW_SCALES: &str = ".scale.rows";
@@ -361,12 +364,22 @@ pub(crate) fn matrix(
             found => Ok(found.map(|tensor| tensor.data().clone())),
         }
     };
+    let twice =
+        |suffix: &str| error(&format!("{module}{suffix}"), "is there in two layouts".to_owned());
     let mut tiles = None;
     for (suffix, layout) in TILES {
         if let Some(bytes) = bytes(suffix)?
             && tiles.replace((layout, bytes)).is_some()
         {
-            return Err(error(&format!("{module}{suffix}"), "is there in two layouts".to_owned()));
+            return Err(twice(suffix));
+        }
+    }
+    let mut columns = None;
+    for (suffix, codes) in COLUMNS {
+        if let Some(bytes) = bytes(suffix)?
+            && columns.replace(ColumnCopy { codes, bytes }).is_some()
+        {
+            return Err(twice(suffix));
         }
     }
     let Some((layout, tiles)) = tiles else {
@@ -403,8 +416,18 @@ pub(crate) fn matrix(
             "is missing, and so is any scale".into(),
         ));
     };
-    TiledMatrix::new(rows, cols, scale, layout, tiles, bytes(COLUMNS)?)
+    TiledMatrix::new(rows, cols, scale, layout, tiles, columns)
         .map_err(|reason| error(&format!("{module}{}", TILES[0].0), reason.to_string()))
+}
+
+/// How a matrix of a native file is stored, for people.
+pub(crate) fn stored_as(module: &str, tensors: &Tensors) -> &'static str {
+    let is_there = |(suffix, _): &&(&str, _)| tensors.contains(&format!("{module}{suffix}"));
+    match TILES.iter().find(is_there).map(|(_, layout)| layout) {
+        Some(TileLayout::Triples) => "5-bit triples",
+        Some(TileLayout::Rows(RunCodes::Quintuples)) => "8-bit quintuples",
+        _ => "2-bit tiles",
+    }
 }
 
 /// Compares every tensor of a native file with the digest that was written with it, and returns how
@@ -610,13 +633,13 @@ impl Writer {
 
     fn matrix(&mut self, module: &str, matrix: &TiledMatrix) -> Result<(), Error> {
         let bytes = |bytes: &Bytes| Tensor::new(DType::U8, vec![bytes.len()], bytes.clone());
-        let (suffix, _) = TILES
-            .iter()
-            .find(|(_, layout)| *layout == matrix.layout())
-            .expect("every layout has a name");
+        const NAMED: &str = "every layout has a name";
+        let suffix = TILES.iter().find(|(_, layout)| *layout == matrix.layout());
+        let (suffix, _) = suffix.expect(NAMED);
         self.tensor(&format!("{module}{suffix}"), &bytes(matrix.tiles())?)?;
-        if let Some(columns) = matrix.columns() {
-            self.tensor(&format!("{module}{COLUMNS}"), &bytes(columns)?)?;
+        if let Some(copy) = matrix.columns() {
+            let (suffix, _) = COLUMNS.iter().find(|(_, codes)| *codes == copy.codes).expect(NAMED);
+            self.tensor(&format!("{module}{suffix}"), &bytes(&copy.bytes)?)?;
         }
         let (suffix, shape) = match matrix.scale() {
             WeightScale::Multiply(_) => (MULTIPLY, vec![1]),

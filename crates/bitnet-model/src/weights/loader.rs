@@ -9,7 +9,7 @@ use std::sync::mpsc::channel;
 
 use bitnet_core::backend::{ActivationPrecision, Backend, BitLinear, GatedFfn, Norm};
 use bitnet_core::mmap::unmapped;
-use bitnet_core::{DType, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
+use bitnet_core::{ColumnCopy, DType, Screen, Tensor, TernaryMatrix, TiledMatrix, WeightScale};
 use bitnet_quant::packing::{self, blocks::decode_row, tile};
 use bitnet_quant::ternary;
 use rayon::prelude::*;
@@ -340,7 +340,10 @@ impl<'a> Loader<'a> {
             return Ok(matrix);
         }
         let tiles = unmapped(matrix.tiles())?;
-        let columns = matrix.columns().map(unmapped).transpose()?;
+        let columns = matrix.columns().map(|ColumnCopy { codes, bytes }| {
+            Ok::<_, Error>(ColumnCopy { codes: *codes, bytes: unmapped(bytes)? })
+        });
+        let columns = columns.transpose()?;
         let (rows, cols, layout) = (matrix.rows(), matrix.cols(), matrix.layout());
         Ok(TiledMatrix::new(rows, cols, matrix.scale().clone(), layout, tiles, columns)?)
     }

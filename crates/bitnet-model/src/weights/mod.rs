@@ -219,10 +219,7 @@ pub fn linear_types(
             let module = loader.module(layer, linear.name);
             let weight = format!("{module}.weight");
             let dtype = match tensors.dtype(&weight) {
-                _ if loader.is_tiled() => {
-                    let triples = tensors.contains(&format!("{module}{}", native::TRIPLES));
-                    if triples { "5-bit triples" } else { "2-bit tiles" }.to_owned()
-                }
+                _ if loader.is_tiled() => native::stored_as(&module, tensors).to_owned(),
                 Some(DType::U8) => "packed 2-bit".to_owned(),
                 Some(dtype) => dtype.to_string(),
                 None if tensors.contains(&weight) => "unreadable".to_owned(),

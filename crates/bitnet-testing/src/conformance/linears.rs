@@ -3,8 +3,10 @@
 use bitnet_core::backend::{
     Activation, ActivationPrecision, Backend, BitLinear, GatedFfn, Norm, Scratch,
 };
-use bitnet_core::{LinearUse, TernaryMatrix, TileLayout, TiledMatrix, WeightScale};
-use bitnet_quant::packing::tile;
+use bitnet_core::{
+    ColumnCopy, LinearUse, RunCodes, TernaryMatrix, TileLayout, TiledMatrix, WeightScale,
+};
+use bitnet_quant::packing::tile::{self, runs};
 use bitnet_quant::reference::ReferenceBackend;
 
 use super::{Both, COLS, Pair, ROWS, TOKENS};
@@ -167,15 +169,20 @@ impl<B: Backend> Pair<'_, B> {
                         .into_iter()
                         .collect::<Result<_, _>>()
                         .expect("a linear");
-                    for layout in [TileLayout::Bands, TileLayout::Rows, TileLayout::Triples] {
+                    for (layout, codes) in [
+                        (TileLayout::Bands, RunCodes::TwoBits),
+                        (TileLayout::Triples, RunCodes::Quintuples),
+                        (TileLayout::Rows(RunCodes::TwoBits), RunCodes::Quintuples),
+                        (TileLayout::Rows(RunCodes::Quintuples), RunCodes::TwoBits),
+                    ] {
                         let len = tile::byte_len(layout, rows, cols).expect("a small one");
                         let mut tiles = vec![0; len];
                         tile::pack(&m, layout, &mut tiles);
-                        let mut columns = vec![0; cols * tile::column_bytes(rows)];
-                        tile::pack_columns(&m, &mut columns);
-                        let (scale, columns) = (m.scale().clone(), Some(columns.into()));
-                        let tiled =
-                            TiledMatrix::new(rows, cols, scale, layout, tiles.into(), columns);
+                        let mut columns = vec![0; cols * runs::column_bytes(codes, rows)];
+                        runs::pack_columns(&m, codes, &mut columns);
+                        let (scale, bytes) = (m.scale().clone(), columns.into());
+                        let copy = Some(ColumnCopy { codes, bytes });
+                        let tiled = TiledMatrix::new(rows, cols, scale, layout, tiles.into(), copy);
                         let tiled = tiled.expect("a matrix in tiles");
                         assert_eq!(tile::untiled(&tiled).expect("the same matrix"), m);
                         linears.push(self.backend.load_tiled(&tiled, precision).expect("tiles"));

@@ -96,11 +96,11 @@ fn target(args: &ConvertArgs) -> Result<Target> {
             "--head is for GGUF files, Hugging Face and ONNX folders: a .bitnet file keeps it",
         ),
         TargetFormat::Bitnet => {
-            let triples = match args.layout {
-                Some(layout) => layout == LayoutChoice::Triples,
-                None => Isa::takes_triples(Isa::from_env()?)?,
+            let compact = match args.layout {
+                Some(layout) => layout == LayoutChoice::Compact,
+                None => Isa::takes_compact(Isa::from_env()?)?,
             };
-            Ok(Target::Native { triples })
+            Ok(Target::Native { compact })
         }
         TargetFormat::Hf | TargetFormat::HfPacked => match head {
             Some(head) if !head.is_float() => {

@@ -4,9 +4,10 @@ use std::arch::x86_64::*;
 
 use bitnet_quant::packing::tile::{self, Tile};
 
-use super::{COLUMNS_PER_WIDENING, Group, Table, ask, generic, plane_len};
+use super::{COLUMNS_PER_WIDENING, Group, LINE_ROWS, RunKernels, Table, ask, generic, plane_len};
 
-pub(crate) static TABLE: Table = Table { rows, columns, band };
+pub(crate) static TABLE: Table =
+    Table { two_bits: RunKernels { rows, columns }, quintuples: None, band };
 
 /// Bytes of a row whose products a 16-bit lane can sum. The codes of every other plane are taken
 /// times 4, as they lie: vpmaddubsw then adds two products of at most 8 and an activation, at least
@@ -221,7 +222,7 @@ unsafe fn widen(column_bytes: usize, narrow: &[i16], sums: &mut [i32]) {
     let mut narrow = narrow.as_ptr().cast::<__m128i>();
     for at in (0..column_bytes).step_by(32) {
         for plane in 0..4 {
-            let row = at / tile::LINE * tile::LINE_ROWS + at % tile::LINE + plane * tile::LINE;
+            let row = at / tile::LINE * LINE_ROWS + at % tile::LINE + plane * tile::LINE;
             // The low and high halves of bytes 0..16, and of bytes 16..32.
             for eight in [0, 16, 8, 24] {
                 let to = sums.as_mut_ptr().wrapping_add(row + eight).cast::<__m256i>();

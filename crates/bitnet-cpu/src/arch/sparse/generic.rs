@@ -2,9 +2,10 @@
 
 use bitnet_quant::packing::tile::{self, Tile};
 
-use super::{COLUMNS_PER_WIDENING, Table, plane_len};
+use super::{COLUMNS_PER_WIDENING, LINE_ROWS, RunKernels, Table, plane_len};
 
-pub(crate) static TABLE: Table = Table { rows, columns, band };
+pub(crate) static TABLE: Table =
+    Table { two_bits: RunKernels { rows, columns }, quintuples: None, band };
 
 /// See [`Kernels::ternary_rows`](crate::arch::Kernels::ternary_rows).
 fn rows(rows: &[u8], row_bytes: usize, planes: &[i8], live: &[u32], acc: &mut [i32]) {
@@ -33,7 +34,7 @@ fn columns(
         for &(column, value) in live {
             let column = &columns[column as usize * column_bytes..][..column_bytes];
             let (lines, _) = column.as_chunks::<{ tile::LINE }>();
-            let (rows, _) = narrow.as_chunks_mut::<{ tile::LINE_ROWS }>();
+            let (rows, _) = narrow.as_chunks_mut::<{ LINE_ROWS }>();
             for (line, rows) in lines.iter().zip(rows) {
                 for (plane, rows) in rows.chunks_exact_mut(tile::LINE).enumerate() {
                     for (sum, byte) in rows.iter_mut().zip(line) {

@@ -4,10 +4,12 @@ use std::arch::aarch64::*;
 
 use bitnet_quant::packing::tile;
 
-use super::{COLUMNS_PER_WIDENING, Table, generic, plane_len};
+use super::{COLUMNS_PER_WIDENING, LINE_ROWS, RunKernels, Table, generic, plane_len};
 
-pub(crate) static TABLE: Table = Table { rows, columns, band: generic::band };
-pub(crate) static DOTPROD: Table = Table { rows: rows_dotprod, columns, band: generic::band };
+pub(crate) static TABLE: Table =
+    Table { two_bits: RunKernels { rows, columns }, quintuples: None, band: generic::band };
+pub(crate) static DOTPROD: Table =
+    Table { two_bits: RunKernels { rows: rows_dotprod, columns }, ..TABLE };
 
 /// Bytes of a row whose products a 16-bit lane can sum: a lane gets one product of a code (at most
 /// 2) and an activation (-128..=127) per plane of 16 bytes, at least -256, and 128 of them reach
@@ -132,7 +134,7 @@ unsafe fn columns(
             for at in (0..column_bytes).step_by(16) {
                 // SAFETY: 16 bytes of a column.
                 let mut bytes = starts.map(|start| unsafe { vld1q_u8(start.wrapping_add(at)) });
-                let row = at / tile::LINE * tile::LINE_ROWS + at % tile::LINE;
+                let row = at / tile::LINE * LINE_ROWS + at % tile::LINE;
                 for plane in 0..4 {
                     let to = narrow.as_mut_ptr().wrapping_add(row + plane * tile::LINE);
                     // SAFETY: 16 of the four elements per byte.
