@@ -46,6 +46,12 @@ fn either_layout_writes_the_same_story() {
         succeeds(&folder, &["convert", "tiny", "t.bitnet", "--layout", layout, "--verify"]);
         let info = succeeds(&folder, &["info", "-m", "t.bitnet"]).stdout;
         assert!(info.contains(&format!("\nstored as        {stored}\n")), "{info}");
+        // Every processor runs it.
+        let story = ["run", "-m", "t.bitnet", "-n", "20", "Once upon a time"];
+        let mut plain = folder.command(&story);
+        let plain = plain.env("BITNET_ISA", "scalar").output().unwrap();
+        assert_eq!(String::from_utf8_lossy(&plain.stdout), succeeds(&folder, &story).stdout);
+        assert!(plain.status.success() && plain.stdout.len() > 60);
     }
     // What this processor is fastest with is one of the two.
     succeeds(&folder, &["convert", "tiny", "t.bitnet"]);

@@ -188,7 +188,8 @@ pub fn untiled(matrix: &TiledMatrix) -> Result<TernaryMatrix, Error> {
         let tiles = match layout {
             TileLayout::Rows(form) => {
                 let bytes = row_bytes(form, cols);
-                return runs::unpack_row(form, &band[row % ROWS * bytes..][..bytes], codes);
+                let (words, _) = band[row % ROWS * bytes..][..bytes].as_chunks();
+                return runs::unpack_row(form, words.iter().copied(), codes);
             }
             TileLayout::Bands => band.as_chunks().0,
             TileLayout::Triples => {
@@ -198,9 +199,8 @@ pub fn untiled(matrix: &TiledMatrix) -> Result<TernaryMatrix, Error> {
                 &room
             }
         };
-        for (col, code) in codes.iter_mut().enumerate() {
-            *code = tile_code(&tiles[col / COLS], row % ROWS, col % COLS);
-        }
+        let words = tiles.iter().map(|tile: &Tile| tile.as_chunks().0[row % ROWS]);
+        runs::unpack_row(RunCodes::TwoBits, words, codes);
     })
 }
 

@@ -64,23 +64,36 @@ fn stored(codes: RunCodes, byte: u8) -> u8 {
     }
 }
 
-/// The code that a byte has in a plane. Every byte has five codes of a quintuple.
+/// Takes the next code off a byte of a run. Every byte has five codes of a quintuple.
 #[inline(always)]
-fn code(codes: RunCodes, byte: u8, plane: usize) -> u8 {
-    match codes {
-        RunCodes::TwoBits => byte >> (2 * plane) & 3,
+fn take_code(form: RunCodes, byte: &mut u8) -> u8 {
+    match form {
+        RunCodes::TwoBits => {
+            let code = *byte & 3;
+            *byte >>= 2;
+            code
+        }
         RunCodes::Quintuples => {
-            let left = (0..plane).fold(byte, |left, _| left.wrapping_mul(3));
-            (3 * u32::from(left) / 256) as u8
+            // What three times the byte carries: 3 * 86 is 258, 3 * 171 is 513.
+            let code = u8::from(*byte >= 86) + u8::from(*byte >= 171);
+            *byte = byte.wrapping_mul(3);
+            code
         }
     }
 }
 
-/// The codes of a row in row order.
-pub(super) fn unpack_row(form: RunCodes, row: &[u8], codes: &mut [u8]) {
-    let per_word = WORD * form.per_byte();
-    for (k, out) in codes.iter_mut().enumerate() {
-        *out = code(form, row[k / per_word * WORD + k % WORD], k % per_word / WORD);
+/// The codes of a row from its words, which those of its tiles are too.
+pub(super) fn unpack_row(
+    form: RunCodes,
+    words: impl Iterator<Item = [u8; WORD]>,
+    codes: &mut [u8],
+) {
+    for (mut word, codes) in words.zip(codes.chunks_mut(WORD * form.per_byte())) {
+        for codes in codes.chunks_mut(WORD) {
+            for (code, byte) in codes.iter_mut().zip(&mut word) {
+                *code = take_code(form, byte);
+            }
+        }
     }
 }
 
@@ -154,10 +167,7 @@ pub fn tiles_of_quintuples(words: &[Tile], tiles: &mut [Tile]) {
             for p in 0..PLANES {
                 let (tile, plane) = ((PLANES * w + p) / WORDS, (PLANES * w + p) % WORDS);
                 for (out, left) in group[tile].iter_mut().zip(&mut left) {
-                    // What three times the byte carries: 3 * 86 is 258, 3 * 171 is 513.
-                    let code = u8::from(*left >= 86) + u8::from(*left >= 171);
-                    *out |= code << (2 * plane);
-                    *left = left.wrapping_mul(3);
+                    *out |= take_code(RunCodes::Quintuples, left) << (2 * plane);
                 }
             }
         }
@@ -196,14 +206,13 @@ mod tests {
             assert_eq!(u32::from(byte), v);
             let byte = stored(Quintuples, byte);
             assert_eq!(u32::from(byte), (256 * v).div_ceil(243));
-            assert_eq!(std::array::from_fn(|p| code(Quintuples, byte, p)), codes);
+            let mut left = byte;
+            assert_eq!(std::array::from_fn(|_| take_code(Quintuples, &mut left)), codes);
         }
         for byte in 0..=255u8 {
-            let mut left = u32::from(byte);
-            for plane in 0..5 {
-                assert_eq!(u32::from(code(Quintuples, byte, plane)), 3 * left / 256);
-                left = 3 * left % 256;
-            }
+            let mut left = byte;
+            let code = take_code(Quintuples, &mut left);
+            assert_eq!(3 * u32::from(byte), 256 * u32::from(code) + u32::from(left));
         }
     }
 
