@@ -24,7 +24,7 @@ use crate::threads::{Chunks, Strip, Strips};
 
 /// The largest share of live rows of `up`, in per cent, at which leaving the others out was faster
 /// than reading all of them in one go.
-const MOST_LIVE_ROWS: usize = 60;
+const MOST_LIVE_ROWS: usize = 85;
 
 /// The same of columns of `down`, whose alternative is the product by bands.
 const MOST_LIVE_COLUMNS: usize = 40;
