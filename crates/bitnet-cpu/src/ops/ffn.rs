@@ -79,7 +79,7 @@ impl Compute {
             && self.shortcuts.sparsity
             && let Some(matrix) = down.by_column()
         {
-            let live = inputs.quantized.iter().filter(|&&q| q != 0).count();
+            let live = not_zero(inputs.quantized);
             count(&self.counts.down_columns, width);
             if live * 100 < width * MOST_LIVE_COLUMNS {
                 count(&self.counts.down_columns_skipped, width - live);
@@ -275,6 +275,12 @@ impl Compute {
     }
 }
 
+/// How many are not zero. A byte counts to 255, so that the inner loop is vector code.
+fn not_zero(values: &[i8]) -> usize {
+    let counts = values.chunks(255).map(|part| part.iter().map(|&q| u8::from(q != 0)).sum::<u8>());
+    counts.map(usize::from).sum()
+}
+
 /// How many places of a matrix are read in turn.
 const PLACES: usize = 16;
 
@@ -293,6 +299,15 @@ fn take_turns<T: Copy>(list: &[T], out: &mut [T]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_not_zero_is_counted_at_every_length() {
+        for len in [0, 1, 254, 255, 256, 511, 6912] {
+            assert_eq!(not_zero(&vec![-1; len]), len);
+            let values: Vec<i8> = (0..len).map(|i| (i % 3) as i8 - 1).collect();
+            assert_eq!(not_zero(&values), values.iter().filter(|&&value| value != 0).count());
+        }
+    }
 
     #[test]
     fn runs_that_take_turns_are_each_there_once_and_far_from_the_next() {
