@@ -8,6 +8,7 @@ use bytes::Bytes;
 
 use crate::dtype::DType;
 use crate::error::Error;
+use crate::numerics;
 
 /// Rows of a band: they lie interleaved.
 pub const ROWS: usize = 16;
@@ -216,11 +217,10 @@ impl Keep {
         match self {
             Keep::Largest(0) => f32::INFINITY,
             Keep::Largest(k) if k > logits.len() => f32::NEG_INFINITY,
-            Keep::Largest(1) => logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b)),
+            Keep::Largest(1) => numerics::max(logits),
             Keep::Largest(k) => *logits.select_nth_unstable_by(k - 1, |a, b| b.total_cmp(a)).1,
             Keep::Within(margin) => {
-                let largest = logits.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-                let largest = f64::from(largest);
+                let largest = f64::from(numerics::max(logits));
                 // l + SLACK |l| >= least follows from l >= least - 2 SLACK |least|, and never the
                 // other way round.
                 let least = largest - SLACK * largest.abs() - margin;

@@ -8,7 +8,7 @@ use bitnet_core::numerics::{self, LANES};
 use bitnet_quant::packing::blocks;
 
 use super::lanes::{Bf16, Element, Lanes};
-use super::prefetch_second;
+use super::{LINE, prefetch_second};
 
 /// One row of an output head and the tokens it is multiplied with.
 #[derive(Clone, Copy)]
@@ -27,9 +27,6 @@ const TOKENS: usize = 4;
 
 /// Elements that [`Lanes`] holds.
 const WIDTH: usize = LANES / 2;
-
-/// Bytes that a cache asks memory for at once.
-const LINE: usize = 64;
 
 /// [`blocks::decode_row`] with this instruction set's conversion of half-precision numbers.
 #[inline(always)]

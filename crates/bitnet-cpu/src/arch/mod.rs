@@ -97,6 +97,19 @@ fn prefetch_second<T>(address: *const T) {
     }
 }
 
+/// Bytes that a cache asks memory for at once.
+const LINE: usize = 64;
+
+/// The smallest page of memory of these processors.
+const PAGE: usize = 4096;
+
+/// Asks for a line of every page with some of `data`: what is asked for in a page that the processor
+/// has not met lately waits until its address is looked up.
+pub(crate) fn prefetch_pages<T>(data: &[T]) {
+    let step = PAGE / size_of::<T>();
+    data.iter().step_by(step).chain(data.last()).for_each(|item| prefetch_second(item));
+}
+
 /// The kernels of one instruction set.
 pub(crate) struct Kernels {
     /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.

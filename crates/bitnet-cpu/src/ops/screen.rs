@@ -1,6 +1,7 @@
 //! The screened output head: upper bounds of all logits from a reduced-precision copy, in full the
 //! rows that promise most, and then those whose bounds reach what these have shown to be needed.
 
+use std::ops::Range;
 use std::sync::Mutex;
 
 use bitnet_core::screen::ROWS;
@@ -8,10 +9,18 @@ use bitnet_core::{Candidate, Keep, Pick, Screen, Tensor};
 use bitnet_quant::screen::Input;
 
 use super::{Compute, ThreadScratch, at_least, count, lock};
-use crate::arch::HeadRow;
+use crate::arch::{HeadRow, prefetch, prefetch_pages};
 use crate::buffer::Buffer;
 use crate::profile::Call;
 use crate::threads::{Chunks, Strips};
+
+/// How many rows ahead the lines of one are asked for; and how many its pages, whose addresses have to
+/// be looked up first.
+const LINES_AHEAD: usize = 2;
+const PAGES_AHEAD: usize = 8;
+
+/// How many bands ahead the bounds of one are asked for.
+const BANDS_AHEAD: usize = 16;
 
 #[derive(Default)]
 pub(super) struct Scratch {
@@ -21,6 +30,10 @@ pub(super) struct Scratch {
     bounded: Vec<bool>,
     /// Upper bounds of the logits `[bands, picks]`.
     upper: Vec<[f32; ROWS]>,
+    /// The largest of each band's `[picks, bands]`.
+    largest: Vec<f32>,
+    /// Bands with bounds that are large enough.
+    reached: Vec<u32>,
     /// Bounds or logits that a threshold is chosen from.
     rivals: Vec<f32>,
     /// The rows that promise most.
@@ -57,13 +70,16 @@ impl Compute {
             out.clear();
             own.seeds.clear();
             if own.bounded[i] {
+                let Scratch { upper, largest, reached, rivals, seeds, .. } = own;
+                let bands = vocabulary.div_ceil(ROWS);
+                let largest = &mut largest[i * bands..][..bands];
                 let mut bounds =
-                    Bounds { upper: &mut own.upper, picks: picks.len(), index: i, vocabulary };
-                bounds.seeds(pick, &mut own.rivals, &mut own.seeds);
-                self.compute(table, state, threads, &mut own.seeds);
-                own.rivals.clear();
-                own.rivals.extend(own.seeds.iter().map(|seed| seed.logit));
-                bounds.survivors(pick, pick.keep.threshold(&mut own.rivals), out);
+                    Bounds { upper, largest, reached, picks: picks.len(), index: i, vocabulary };
+                bounds.seeds(pick, rivals, seeds);
+                self.compute(table, state, threads, seeds);
+                rivals.clear();
+                rivals.extend(seeds.iter().map(|seed| seed.logit));
+                bounds.survivors(pick, pick.keep.threshold(rivals), out);
             } else {
                 out.extend((0..vocabulary as u32).map(|id| Candidate { id, logit: 0.0 }));
             }
@@ -76,17 +92,27 @@ impl Compute {
     /// Upper bounds of every logit of every pick. Each band of the screen is read from memory once.
     fn upper_bounds(&self, scratch: &mut Scratch, picks: usize, screen: &Screen) {
         let start = self.profile.start();
-        let Scratch { inputs, upper, .. } = scratch;
+        let Scratch { inputs, upper, largest, .. } = scratch;
         let bands = screen.rows().div_ceil(ROWS);
         upper.resize(bands * picks, [0.0; ROWS]);
+        largest.resize(bands * picks, 0.0);
         let inputs = &inputs[..picks];
+        let cut = |unit| self.bands(bands, unit, screen.rows() * screen.cols());
         let unit = picks * ROWS;
-        let cut = self.bands(bands, unit, screen.rows() * screen.cols());
-        let strips = Strips::new(upper.as_flattened_mut(), bands * unit, cut);
-        self.pool.run(strips, |_, mut strip| {
-            let first = strip.columns().start / unit;
-            let (upper, _) = strip.row(0).as_chunks_mut();
+        let strips = (
+            Strips::new(upper.as_flattened_mut(), bands * unit, cut(unit)),
+            Strips::new(largest, bands, cut(1)),
+        );
+        self.pool.run(strips, |_, (mut upper, mut largest)| {
+            let first = upper.columns().start / unit;
+            let (upper, _) = upper.row(0).as_chunks_mut();
             self.kernels.upper_bounds(screen, first, inputs, upper);
+            for pick in 0..picks {
+                let upper = upper.iter().skip(pick).step_by(picks);
+                for (largest, upper) in largest.row(pick).iter_mut().zip(upper) {
+                    *largest = largest_of(upper);
+                }
+            }
         });
         self.profile.note(start, || Call {
             bytes: screen.data().len(),
@@ -108,14 +134,13 @@ impl Compute {
         self.pool.run(Chunks::new(candidates, part), |thread, (_, candidates)| {
             let mut own = lock(&threads[thread]);
             let decoded = at_least(&mut own.floats, state.len());
-            let bytes = |candidate: &Candidate| table.row(candidate.id as usize);
-            let mut left = candidates;
-            while let [candidate, rest @ ..] = left {
-                let next = bytes(rest.first().unwrap_or(candidate));
-                let bytes = bytes(candidate);
-                let row = HeadRow { dtype: table.dtype(), bytes, next, inputs: state };
-                self.kernels.head_row(row, decoded, std::slice::from_mut(&mut candidate.logit));
-                left = rest;
+            let last = candidates.len() - 1;
+            for i in 0..candidates.len() {
+                let bytes = |i: usize| table.row(candidates[i.min(last)].id as usize);
+                prefetch_pages(bytes(i + PAGES_AHEAD));
+                let (dtype, next) = (table.dtype(), bytes(i + LINES_AHEAD));
+                let row = HeadRow { dtype, bytes: bytes(i), next, inputs: state };
+                self.kernels.head_row(row, decoded, std::slice::from_mut(&mut candidates[i].logit));
             }
         });
         self.profile.note(start, || Call {
@@ -128,33 +153,62 @@ impl Compute {
 
 /// The upper bounds of one pick.
 struct Bounds<'a> {
+    /// Of all picks `[bands, picks]`.
     upper: &'a mut [[f32; ROWS]],
+    /// The largest of each band.
+    largest: &'a mut [f32],
+    /// Room for the numbers of bands.
+    reached: &'a mut Vec<u32>,
     picks: usize,
     index: usize,
     vocabulary: usize,
 }
 
 impl Bounds<'_> {
-    fn bands(&self) -> impl Iterator<Item = &[f32; ROWS]> {
-        self.upper.iter().skip(self.index).step_by(self.picks)
+    fn band(&self, band: usize) -> &[f32; ROWS] {
+        &self.upper[band * self.picks + self.index]
+    }
+
+    /// Gives a bound to some rows of a band.
+    fn set(&mut self, band: usize, rows: Range<usize>, bound: f32) {
+        let upper = &mut self.upper[band * self.picks + self.index];
+        upper[rows].fill(bound);
+        self.largest[band] = largest_of(upper);
     }
 
     /// Gives a bound to the ids that are computed whatever theirs is.
     fn set_exact_ids(&mut self, pick: &Pick<'_>, bound: f32) {
-        for id in pick.exact_ids.iter().map(|&id| id as usize).filter(|&id| id < self.vocabulary) {
-            self.upper[id / ROWS * self.picks + self.index][id % ROWS] = bound;
+        for id in pick.exact_ids.iter().map(|&id| id as usize) {
+            if id < self.vocabulary {
+                self.set(id / ROWS, id % ROWS..id % ROWS + 1, bound);
+            }
         }
     }
 
     /// The ids whose bounds reach `threshold`, ascending; not those without one.
-    fn reaching(&self, threshold: f32, out: &mut Vec<Candidate>) {
-        for (first, upper) in (0u32..).step_by(ROWS).zip(self.bands()) {
-            if upper.iter().any(|&upper| upper >= threshold) {
-                let alive = (first..).zip(upper).filter(|&(_, &upper)| upper >= threshold);
-                let alive = alive.filter(|&(id, &upper)| {
-                    (id as usize) < self.vocabulary && upper > f32::NEG_INFINITY
-                });
-                out.extend(alive.map(|(id, _)| Candidate { id, logit: 0.0 }));
+    fn reaching(&mut self, threshold: f32, out: &mut Vec<Candidate>) {
+        // Without jumps, which no processor could foresee.
+        self.reached.resize(self.largest.len() + 1, 0);
+        let mut count = 0;
+        for (band, &largest) in (0..).zip(&*self.largest) {
+            self.reached[count] = band;
+            count += usize::from(largest >= threshold);
+        }
+        let reached = &self.reached[..count];
+        for (i, &band) in reached.iter().enumerate() {
+            // Other threads have written most of them.
+            let next = reached.get(i + BANDS_AHEAD).unwrap_or(&band);
+            prefetch(self.band(*next as usize));
+            let reaches = |upper: f32| upper >= threshold && upper > f32::NEG_INFINITY;
+            let mut rows = [0u32; ROWS];
+            for (row, (bit, &upper)) in rows.iter_mut().zip(self.band(band as usize)).enumerate() {
+                *bit = u32::from(reaches(upper)) << row;
+            }
+            let mut rows = rows.into_iter().fold(0, |rows, bit| rows | bit);
+            while rows != 0 {
+                let id = band * ROWS as u32 + rows.trailing_zeros();
+                out.push(Candidate { id, logit: 0.0 });
+                rows &= rows - 1;
             }
         }
     }
@@ -163,19 +217,16 @@ impl Bounds<'_> {
     /// logits of any so many rows would do: the larger they are, the more rows they rule out.
     fn seeds(&mut self, pick: &Pick<'_>, rivals: &mut Vec<f32>, out: &mut Vec<Candidate>) {
         let last = self.vocabulary.div_ceil(ROWS) - 1;
-        let rows = self.vocabulary - last * ROWS;
-        self.upper[last * self.picks + self.index][rows..].fill(f32::NEG_INFINITY);
+        self.set(last, self.vocabulary - last * ROWS..ROWS, f32::NEG_INFINITY);
         self.set_exact_ids(pick, f32::NEG_INFINITY);
         let needed = pick.keep.rivals();
         rivals.clear();
         if needed > last / 8 {
-            self.bands().for_each(|band| rivals.extend(band));
+            (0..=last).for_each(|band| rivals.extend(self.band(band)));
         } else {
             // Of each band the largest: for a few of many it hardly matters that a band may have
             // two.
-            rivals.extend(self.bands().map(|band| {
-                band.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a })
-            }));
+            rivals.extend_from_slice(self.largest);
         }
         self.reaching(Keep::Largest(needed).threshold(rivals), out);
     }
@@ -184,4 +235,15 @@ impl Bounds<'_> {
         self.set_exact_ids(pick, f32::INFINITY);
         self.reaching(threshold, out);
     }
+}
+
+/// The largest bound of a band; a NaN is passed over.
+fn largest_of(upper: &[f32; ROWS]) -> f32 {
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; 4];
+    for four in upper.as_chunks::<4>().0 {
+        lanes.iter_mut().zip(four).for_each(|(lane, &bound)| *lane = larger(*lane, bound));
+    }
+    let [a, b, c, d] = lanes;
+    larger(larger(a, b), larger(c, d))
 }
