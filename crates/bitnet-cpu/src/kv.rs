@@ -9,7 +9,7 @@ use std::ops::Range;
 use bitnet_core::Error;
 use bitnet_core::backend::{KvLayout, KvType};
 
-use crate::arch::{KvData, PANEL, panel_place};
+use crate::arch::{KvData, PANEL, panel_place, prefetch_second};
 use crate::backend::require;
 
 /// Keys and values of all layers.
@@ -145,6 +145,19 @@ impl KvStore {
             }
         }
     }
+}
+
+/// Asks memory for the places of one token of one head in its block's piece, most of which lie in cache
+/// lines of their own.
+pub(crate) fn ask<T>(piece: &[T], layout: &KvLayout, side: Side, token: usize) {
+    let KvLayout { head_size, block_tokens, .. } = *layout;
+    let place = |element| match side {
+        Side::Key => panel_place(head_size, block_tokens, element, token),
+        Side::Value => panel_place(block_tokens, head_size, token, element),
+    };
+    let apart = if side == Side::Key { 1 } else { PANEL };
+    let elements = (0..head_size).step_by(apart);
+    elements.for_each(|element| prefetch_second(&piece[place(element)]));
 }
 
 /// Writes one token of one head into its block's piece.

@@ -80,7 +80,7 @@ pub(crate) fn prefetch<T>(address: *const T) {
 
 /// As [`prefetch`], but no nearer than the second-level cache, which can wait for more of memory.
 #[inline(always)]
-fn prefetch_second<T>(address: *const T) {
+pub(crate) fn prefetch_second<T>(address: *const T) {
     #[cfg(target_arch = "x86_64")]
     // SAFETY: a hint, which never faults.
     unsafe {

@@ -4,12 +4,12 @@ use std::ops::Range;
 
 use bitnet_core::backend::{AttentionShape, Span};
 use bitnet_core::numerics::ATTENTION_SPLIT;
-use bitnet_quant::packing::blocks::f32_to_f16;
+use bitnet_quant::packing::blocks::f32_to_f16_row;
 
 use super::{Compute, at_least, lock};
 use crate::arch::{Attention, Room, partial_len, room_len};
 use crate::buffer::Buffer;
-use crate::kv::{KvStore, LayerMut, Side, scatter};
+use crate::kv::{KvStore, LayerMut, Side, ask, scatter};
 use crate::profile::Call;
 use crate::threads::{Chunks, Cut, Partition, Strips, ThreadPool};
 
@@ -20,8 +20,8 @@ const ROWS: usize = 64;
 /// Products of attention below which waking other threads costs more than it saves.
 const SMALL: usize = 100_000;
 
-/// Numbers to be stored below which it does.
-const SMALL_WRITE: usize = 16_384;
+/// Numbers to be stored below which it does: a cache line for each keeps even few of them waiting.
+const SMALL_WRITE: usize = 2048;
 
 /// Takes one token of one head: its block, its place there, and its key or value.
 type Write<'a> = &'a mut dyn FnMut(usize, usize, Side, &[f32]);
@@ -60,18 +60,27 @@ impl Compute {
                 self.share(small, Chunks::new(data, tokens * head_size), |_, (index, data)| {
                     each(index, &mut |block, token, side, values| {
                         let piece = &mut data[block * piece..(block + 1) * piece];
+                        ask(piece, &layout, side, token);
                         scatter(piece, &layout, side, token, values.iter().copied());
                     });
                 });
             }
             LayerMut::F16(data) => {
-                self.share(small, Chunks::new(data, tokens * head_size), |_, (index, data)| {
-                    each(index, &mut |block, token, side, values| {
-                        let piece = &mut data[block * piece..(block + 1) * piece];
-                        let halves = values.iter().map(|&value| f32_to_f16(value));
-                        scatter(piece, &layout, side, token, halves);
-                    });
-                });
+                let scratch = self.scratch();
+                self.share(
+                    small,
+                    Chunks::new(data, tokens * head_size),
+                    |thread, (index, data)| {
+                        let mut own = lock(&scratch.threads[thread]);
+                        let halves = at_least(&mut own.halves, head_size);
+                        each(index, &mut |block, token, side, values| {
+                            let piece = &mut data[block * piece..(block + 1) * piece];
+                            ask(piece, &layout, side, token);
+                            f32_to_f16_row(values, halves);
+                            scatter(piece, &layout, side, token, halves.iter().copied());
+                        });
+                    },
+                );
             }
             LayerMut::Int8(data, scales) => {
                 let scratch = self.scratch();
@@ -81,9 +90,10 @@ impl Compute {
                     let mut own = lock(&threads[thread]);
                     let quantized = at_least(&mut own.bytes, head_size);
                     each(index, &mut |block, token, side, values| {
+                        let piece = &mut data[block * piece..(block + 1) * piece];
+                        ask(piece, &layout, side, token);
                         scales[block * layout.block_tokens + token] =
                             self.kernels.quantize_head(values, quantized);
-                        let piece = &mut data[block * piece..(block + 1) * piece];
                         scatter(piece, &layout, side, token, quantized.iter().copied());
                     });
                 });

@@ -76,6 +76,7 @@ struct ThreadScratch {
     floats: Vec<f32>,
     shorts: Vec<i16>,
     bytes: Vec<i8>,
+    halves: Vec<[u8; 2]>,
     /// Integer sums of a band of a linear layer.
     acc: Vec<[i32; tile::ROWS]>,
     /// Sums of a few bands of a linear layer.

@@ -8,6 +8,7 @@
 mod encode;
 
 use bitnet_core::DType;
+use half::slice::HalfFloatSliceExt;
 
 use super::BlockPacking;
 pub use encode::encode_row;
@@ -81,11 +82,30 @@ pub fn f16_to_f32(bytes: [u8; 2]) -> f32 {
     f32::from_bits(sign | value)
 }
 
+/// The largest finite half-precision number.
+const LARGEST: f32 = 65_504.0;
+
+/// Numbers that are converted at a time.
+const CONVERTED: usize = 64;
+
 /// The nearest half-precision number, little-endian, ties to even; the largest finite one where the
 /// nearest would be an infinity.
 pub fn f32_to_f16(x: f32) -> [u8; 2] {
-    const LARGEST: f32 = 65_504.0;
     half::f16::from_f32(x.clamp(-LARGEST, LARGEST)).to_le_bytes()
+}
+
+/// [`f32_to_f16`] of each number.
+///
+/// # Panics
+/// If the two rows differ in length.
+pub fn f32_to_f16_row(x: &[f32], out: &mut [[u8; 2]]) {
+    assert_eq!(x.len(), out.len());
+    for (x, out) in x.chunks(CONVERTED).zip(out.chunks_mut(CONVERTED)) {
+        let (mut clamped, mut halves) = ([0.0; CONVERTED], [half::f16::ZERO; CONVERTED]);
+        clamped.iter_mut().zip(x).for_each(|(clamped, x)| *clamped = x.clamp(-LARGEST, LARGEST));
+        halves.convert_from_f32_slice(&clamped);
+        out.iter_mut().zip(halves).for_each(|(out, half)| *out = half.to_le_bytes());
+    }
 }
 
 #[inline(always)]
@@ -183,6 +203,20 @@ mod tests {
             } else {
                 assert_eq!(ours.to_bits(), theirs.to_bits(), "{bits:#06x}");
             }
+        }
+    }
+
+    #[test]
+    fn a_row_becomes_the_halves_that_its_numbers_become_alone() {
+        // Every sign and exponent with several fractions, so that ties, numbers too small and too
+        // large, infinities and NaNs are among them; and a length that is no whole round.
+        let bits = (0..=u32::MAX >> 11).map(|high| high << 11 | u32::from(high % 3 == 0));
+        let x: Vec<f32> = bits.step_by(61).map(f32::from_bits).collect();
+        assert_ne!(x.len() % CONVERTED, 0);
+        let mut row = vec![[0; 2]; x.len()];
+        f32_to_f16_row(&x, &mut row);
+        for (x, half) in x.iter().zip(row) {
+            assert_eq!(half, f32_to_f16(*x), "{:#010x}", x.to_bits());
         }
     }
 
