@@ -110,6 +110,12 @@ pub(crate) fn prefetch_pages<T>(data: &[T]) {
     data.iter().step_by(step).chain(data.last()).for_each(|item| prefetch_second(item));
 }
 
+/// Asks for all of `data`.
+pub(crate) fn prefetch_all<T>(data: &[T]) {
+    prefetch_pages(data);
+    data.iter().step_by(LINE / size_of::<T>()).for_each(|item| prefetch_second(item));
+}
+
 /// The kernels of one instruction set.
 pub(crate) struct Kernels {
     /// What [`Backend::name`](bitnet_core::backend::Backend::name) shows.

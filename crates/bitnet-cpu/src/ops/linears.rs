@@ -11,7 +11,7 @@ use bitnet_quant::activation::QuantizedRow;
 use bitnet_quant::packing::tile;
 
 use super::{Compute, InputScratch, Scratch, ThreadScratch, at_least, lock};
-use crate::arch::{Band, BandScale};
+use crate::arch::{Band, BandScale, prefetch_all};
 use crate::buffer::Buffer;
 use crate::linear::{Linear, Scale};
 use crate::profile::Call;
@@ -123,6 +123,9 @@ impl Compute {
         threads: &[Mutex<ThreadScratch>],
     ) -> Inputs<'a> {
         let start = self.profile.start();
+        if let Some((weight, _)) = norm {
+            prefetch_all(weight);
+        }
         let stride = x.cols().next_multiple_of(tile::COLS);
         let has = |precision| linears.iter().any(|linear| linear.precision == precision);
         let kept = if has(ActivationPrecision::F32) { rows * stride } else { 0 };
