@@ -118,23 +118,20 @@ pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
 /// multiply-add fused.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
-    const LN2_HI: f32 = 0.693_359_4;
-    const LN2_LO: f32 = -2.121_944_4e-4;
-    let n = (x * std::f32::consts::LOG2_E).round_ties_even();
+    use exp_parts::*;
+    let n = (x * LOG2_E).round_ties_even();
     let r = (-n).mul_add(LN2_LO, (-n).mul_add(LN2_HI, x));
-    let mut p = 1.987_569_1e-4f32;
-    p = p.mul_add(r, 1.398_199_9e-3);
-    p = p.mul_add(r, 8.333_452e-3);
-    p = p.mul_add(r, 4.166_579_6e-2);
-    p = p.mul_add(r, 1.666_666_5e-1);
-    p = p.mul_add(r, 0.5);
+    let mut p = POLYNOMIAL[0];
+    for factor in &POLYNOMIAL[1..] {
+        p = p.mul_add(r, *factor);
+    }
     let value = p.mul_add(r * r, r) + 1.0;
     // 2^n in two factors: n reaches 128, whose power alone is not finite.
     let exponent = round_to_i32(n.clamp(-126.0, 128.0));
     let low = exponent >> 1;
     let power = |k: i32| f32::from_bits((k.wrapping_add(127) as u32) << 23);
     let scaled = value * power(low) * power(exponent - low);
-    if x < -87.3 {
+    if x < LEAST {
         0.0
     } else if x > 88.72 {
         f32::INFINITY
@@ -143,12 +140,29 @@ pub fn exp(x: f32) -> f32 {
     }
 }
 
+/// The numbers in [`exp`], for code that computes it in registers.
+pub mod exp_parts {
+    /// Binary logarithm of e.
+    pub const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    /// The natural logarithm of 2 in two parts, whose multiples lose nothing.
+    pub const LN2_HI: f32 = 0.693_359_4;
+    /// The smaller part.
+    pub const LN2_LO: f32 = -2.121_944_4e-4;
+    /// From the highest power on; what follows are r and 1.
+    pub const POLYNOMIAL: [f32; 6] =
+        [1.987_569_1e-4, 1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5];
+    /// Below this the result is 0.
+    pub const LEAST: f32 = -87.3;
+    /// The sum with it has the nearest integer in its low bits, for magnitudes below 2^22.
+    pub const ABOVE: f32 = 12_582_912.0;
+}
+
 /// A number of magnitude below 2^22 rounded to an integer, halves to even; any integer for NaN. The
 /// sum with 1.5 * 2^23 has the integer in its low bits: unlike `as`, which saturates, this is
 /// vector code on every instruction set.
 #[inline(always)]
 pub fn round_to_i32(x: f32) -> i32 {
-    const ABOVE: f32 = 12_582_912.0;
+    use exp_parts::ABOVE;
     ((x + ABOVE).to_bits() as i32).wrapping_sub(ABOVE.to_bits() as i32)
 }
 
@@ -168,13 +182,19 @@ pub fn round_to_i8(x: f32) -> i8 {
 pub fn quantize_i16(x: &[f32], levels: f32, q: &mut [i16]) -> f32 {
     assert_eq!(x.len(), q.len());
     let absmax = max_abs(x);
-    let inverse = levels / absmax;
-    let inverse = if inverse.is_finite() { inverse } else { 0.0 };
+    let inverse = level_factor(absmax, levels);
     for (q, x) in q.iter_mut().zip(x) {
         let x = x * inverse;
         *q = round_to_i32(if x.is_nan() { 0.0 } else { x }) as i16;
     }
     absmax / levels
+}
+
+/// What [`quantize_i16`] multiplies with: levels per unit, 0 where that is not finite.
+#[inline(always)]
+pub fn level_factor(absmax: f32, levels: f32) -> f32 {
+    let factor = levels / absmax;
+    if factor.is_finite() { factor } else { 0.0 }
 }
 
 /// `sum of x[i] * y[i]` as one chain of fused multiply-adds in ascending order: a score of

@@ -9,7 +9,7 @@ use std::ops::Range;
 use bitnet_core::Error;
 use bitnet_core::backend::{KvLayout, KvType};
 
-use crate::arch::{KvData, PANEL, panel_place, prefetch_second};
+use crate::arch::{KvData, PANEL, pair_place, panel_place, prefetch_second};
 use crate::backend::require;
 
 /// Keys and values of all layers.
@@ -38,7 +38,7 @@ impl KvStore {
     pub(crate) fn new(layout: KvLayout, blocks: usize) -> Result<Self, Error> {
         require("the KV cache", &[layout.block_bytes(), blocks], 1)?;
         let tokens = 2 * layout.layers * layout.kv_heads * blocks * layout.block_tokens;
-        let elements = tokens * layout.head_size + PANEL;
+        let elements = tokens * layout.head_size + 2 * PANEL;
         let data = match layout.kv_type {
             KvType::F32 => KvData::F32(vec![0.0; elements]),
             KvType::F16 => KvData::F16(vec![[0; 2]; elements]),
@@ -148,7 +148,7 @@ impl KvStore {
 }
 
 /// Asks memory for the places of one token of one head in its block's piece, most of which lie in cache
-/// lines of their own.
+/// lines of their own; pairs of rows lie in the same lines.
 pub(crate) fn ask<T>(piece: &[T], layout: &KvLayout, side: Side, token: usize) {
     let KvLayout { head_size, block_tokens, .. } = *layout;
     let place = |element| match side {
@@ -158,6 +158,42 @@ pub(crate) fn ask<T>(piece: &[T], layout: &KvLayout, side: Side, token: usize) {
     let apart = if side == Side::Key { 1 } else { PANEL };
     let elements = (0..head_size).step_by(apart);
     elements.for_each(|element| prefetch_second(&piece[place(element)]));
+}
+
+/// As [`scatter`], into panels of pairs ([`pair_place`]).
+pub(crate) fn scatter_pairs(
+    piece: &mut [i8],
+    layout: &KvLayout,
+    side: Side,
+    token: usize,
+    values: &[i8],
+) {
+    let KvLayout { head_size, block_tokens, .. } = *layout;
+    match side {
+        // A column of one panel, two elements at a time.
+        Side::Key => {
+            let (pairs, last) = values.as_chunks::<2>();
+            let place = pair_place(head_size, block_tokens, 0, token);
+            let width = PANEL.min(block_tokens - token / PANEL * PANEL);
+            for (slots, pair) in piece[place..].chunks_mut(2 * width).zip(pairs) {
+                slots[..2].copy_from_slice(pair);
+            }
+            if let [last] = last {
+                piece[pair_place(head_size, block_tokens, head_size - 1, token)] = *last;
+            }
+        }
+        // A row of every panel.
+        Side::Value => {
+            let alone = token + 1 == block_tokens && token.is_multiple_of(2);
+            for (i, values) in values.chunks(PANEL).enumerate() {
+                let place = pair_place(block_tokens, head_size, token, i * PANEL);
+                let slots = piece[place..].iter_mut().step_by(if alone { 1 } else { 2 });
+                for (slot, value) in slots.zip(values) {
+                    *slot = *value;
+                }
+            }
+        }
+    }
 }
 
 /// Writes one token of one head into its block's piece.

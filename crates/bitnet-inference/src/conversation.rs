@@ -145,7 +145,8 @@ fn kv_type_code(kv_type: KvType) -> u32 {
     match kv_type {
         KvType::F32 => 0,
         KvType::F16 => 1,
-        KvType::Int8 => 2,
+        // 2 had one row of a panel after another.
+        KvType::Int8 => 3,
     }
 }
 
@@ -264,7 +265,8 @@ impl Reader {
         if number(1) != kv_type_code(kv_type) {
             let all = [KvType::F32, KvType::F16, KvType::Int8];
             let found = all.into_iter().find(|kv_type| kv_type_code(*kv_type) == number(1));
-            let found = found.map_or_else(|| format!("{}", number(1)), |t| t.name().to_owned());
+            let found =
+                found.map_or_else(|| format!("number {}", number(1)), |t| t.name().to_owned());
             return Err(ConversationError::OtherKvType { found, engine: kv_type });
         }
         if extent(5) != block_tokens {

@@ -35,6 +35,15 @@ pub(super) fn fold(lanes: __m256) -> f32 {
     _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
 }
 
+/// The largest of eight lanes that are not NaN.
+#[inline]
+#[target_feature(enable = "avx")]
+pub(super) fn fold_max(lanes: __m256) -> f32 {
+    let four = _mm_max_ps(_mm256_extractf128_ps::<1>(lanes), _mm256_castps256_ps128(lanes));
+    let two = _mm_max_ps(_mm_movehl_ps(four, four), four);
+    _mm_cvtss_f32(_mm_max_ss(_mm_movehdup_ps(two), two))
+}
+
 /// Sixteen f32 lanes.
 #[derive(Clone, Copy)]
 struct Sixteen([__m256; 2]);
@@ -45,6 +54,7 @@ impl Lanes for Sixteen {
     // Eight sums, two registers of the panel, one of a row; eight sums are as many as keep two
     // multipliers of four cycles' latency busy.
     const ROWS: usize = 4;
+    const CHAINS: usize = 1;
 
     #[inline]
     #[target_feature(enable = "avx")]
@@ -93,6 +103,13 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx")]
+    unsafe fn add(self, other: Self) -> Self {
+        let (Sixteen(a), Sixteen(b)) = (self, other);
+        Sixteen([_mm256_add_ps(a[0], b[0]), _mm256_add_ps(a[1], b[1])])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn mul(self, other: Self) -> Self {
         let (Sixteen(a), Sixteen(b)) = (self, other);
         Sixteen([_mm256_mul_ps(a[0], b[0]), _mm256_mul_ps(a[1], b[1])])
@@ -122,6 +139,66 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx")]
+    unsafe fn max(self, other: Self) -> Self {
+        let (Sixteen(a), Sixteen(b)) = (self, other);
+        // The instruction takes its second operand unless the first is larger.
+        Sixteen([_mm256_max_ps(a[0], b[0]), _mm256_max_ps(a[1], b[1])])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    unsafe fn fold_max(lanes: [Self; 2]) -> f32 {
+        let [Sixteen(a), Sixteen(b)] = lanes;
+        fold_max(_mm256_max_ps(_mm256_max_ps(b[1], a[1]), _mm256_max_ps(b[0], a[0])))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    unsafe fn abs(self) -> Self {
+        let sign = _mm256_set1_ps(-0.0);
+        Sixteen([_mm256_andnot_ps(sign, self.0[0]), _mm256_andnot_ps(sign, self.0[1])])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn power_of_two(self) -> Self {
+        let one = _mm256_castps_si256(_mm256_set1_ps(1.0));
+        let exponents = [
+            _mm256_slli_epi32::<23>(_mm256_castps_si256(self.0[0])),
+            _mm256_slli_epi32::<23>(_mm256_castps_si256(self.0[1])),
+        ];
+        Sixteen([
+            _mm256_castsi256_ps(_mm256_add_epi32(exponents[0], one)),
+            _mm256_castsi256_ps(_mm256_add_epi32(exponents[1], one)),
+        ])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self {
+        let kept = [
+            _mm256_cmp_ps::<_CMP_NLT_UQ>(x.0[0], limit.0[0]),
+            _mm256_cmp_ps::<_CMP_NLT_UQ>(x.0[1], limit.0[1]),
+        ];
+        Sixteen([_mm256_and_ps(kept[0], self.0[0]), _mm256_and_ps(kept[1], self.0[1])])
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn store_rounded(self, out: *mut i16) {
+        let Sixteen([low, high]) = self;
+        let numbers =
+            [_mm256_cmp_ps::<_CMP_ORD_Q>(low, low), _mm256_cmp_ps::<_CMP_ORD_Q>(high, high)];
+        let low = _mm256_cvtps_epi32(_mm256_and_ps(numbers[0], low));
+        let high = _mm256_cvtps_epi32(_mm256_and_ps(numbers[1], high));
+        // Packed within halves: low, high, low, high of four each.
+        let packed = _mm256_permute4x64_epi64::<0b11_01_10_00>(_mm256_packs_epi32(low, high));
+        // SAFETY: room for sixteen elements, by the contract.
+        unsafe { _mm256_storeu_si256(out.cast(), packed) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx")]
     unsafe fn no_sums() -> Self::Sums {
         [_mm256_setzero_si256(); 2]
     }
@@ -147,13 +224,11 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
-        // SAFETY: twice sixteen bytes, by the contract.
-        let (a, b) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
-        [
-            _mm256_cvtepi8_epi16(_mm_unpacklo_epi8(a, b)),
-            _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)),
-        ]
+    unsafe fn pairs(x: *const i8) -> Self::Pairs {
+        let x = x.cast::<__m128i>();
+        // SAFETY: thirty-two bytes, by the contract.
+        let halves = unsafe { [_mm_loadu_si128(x), _mm_loadu_si128(x.add(1))] };
+        [_mm256_cvtepi8_epi16(halves[0]), _mm256_cvtepi8_epi16(halves[1])]
     }
 
     #[inline]
@@ -164,6 +239,12 @@ impl Lanes for Sixteen {
             _mm256_add_epi32(sums[0], _mm256_madd_epi16(a, pairs[0])),
             _mm256_add_epi32(sums[1], _mm256_madd_epi16(a, pairs[1])),
         ]
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    unsafe fn join_sums(a: Self::Sums, b: Self::Sums) -> Self::Sums {
+        [_mm256_add_epi32(a[0], b[0]), _mm256_add_epi32(a[1], b[1])]
     }
 
     #[inline]

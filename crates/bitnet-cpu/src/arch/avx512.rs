@@ -40,21 +40,11 @@ instantiate! {
 #[derive(Clone, Copy)]
 struct Sixteen(__m512);
 
-/// Which of 32 words come one after another when the first sixteen and the others take turns.
-static INTERLEAVED: [u16; 32] = {
-    let mut order = [0; 32];
-    let mut i = 0;
-    while i < 32 {
-        order[i] = (i / 2 + i % 2 * 16) as u16;
-        i += 1;
-    }
-    order
-};
-
 impl Lanes for Sixteen {
     type Sums = __m512i;
     type Pairs = __m512i;
     const ROWS: usize = 8;
+    const CHAINS: usize = 2;
 
     #[inline]
     #[target_feature(enable = "avx512f")]
@@ -93,6 +83,12 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    unsafe fn add(self, other: Self) -> Self {
+        Sixteen(_mm512_add_ps(self.0, other.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn mul(self, other: Self) -> Self {
         Sixteen(_mm512_mul_ps(self.0, other.0))
     }
@@ -120,6 +116,52 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx512f")]
+    unsafe fn max(self, other: Self) -> Self {
+        // The instruction takes its second operand unless the first is larger.
+        Sixteen(_mm512_max_ps(self.0, other.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn fold_max(lanes: [Self; 2]) -> f32 {
+        let sixteen = _mm512_max_ps(lanes[1].0, lanes[0].0);
+        let high = _mm512_extractf64x4_pd::<1>(_mm512_castps_pd(sixteen));
+        let low = _mm512_castps512_ps256(sixteen);
+        avx2::fold_max(_mm256_max_ps(_mm256_castpd_ps(high), low))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn abs(self) -> Self {
+        Sixteen(_mm512_abs_ps(self.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn power_of_two(self) -> Self {
+        let exponent = _mm512_slli_epi32::<23>(_mm512_castps_si512(self.0));
+        let one = _mm512_castps_si512(_mm512_set1_ps(1.0));
+        Sixteen(_mm512_castsi512_ps(_mm512_add_epi32(exponent, one)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self {
+        let kept = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(x.0, limit.0);
+        Sixteen(_mm512_maskz_mov_ps(kept, self.0))
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn store_rounded(self, out: *mut i16) {
+        let number = _mm512_cmp_ps_mask::<_CMP_ORD_Q>(self.0, self.0);
+        let rounded = _mm512_cvtepi32_epi16(_mm512_maskz_cvtps_epi32(number, self.0));
+        // SAFETY: room for sixteen elements, by the contract.
+        unsafe { _mm256_storeu_si256(out.cast(), rounded) }
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
     unsafe fn no_sums() -> __m512i {
         _mm512_setzero_si512()
     }
@@ -140,27 +182,21 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "avx512bw")]
-    unsafe fn pairs(first: *const i8, second: *const i8) -> __m512i {
-        // SAFETY: twice sixteen bytes, by the contract.
-        let (a, b) = unsafe { (_mm_loadu_si128(first.cast()), _mm_loadu_si128(second.cast())) };
-        _mm512_cvtepi8_epi16(_mm256_set_m128i(_mm_unpackhi_epi8(a, b), _mm_unpacklo_epi8(a, b)))
-    }
-
-    #[inline]
-    #[target_feature(enable = "avx512bw")]
-    unsafe fn adjacent_pairs(both: *const i8) -> __m512i {
-        // SAFETY: as many words as a register has; and thirty-two bytes, by the contract.
-        unsafe {
-            let order = _mm512_loadu_si512(INTERLEAVED.as_ptr().cast());
-            let wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(both.cast()));
-            _mm512_permutexvar_epi16(order, wide)
-        }
+    unsafe fn pairs(x: *const i8) -> __m512i {
+        // SAFETY: thirty-two bytes, by the contract.
+        _mm512_cvtepi8_epi16(unsafe { _mm256_loadu_si256(x.cast()) })
     }
 
     #[inline]
     #[target_feature(enable = "avx512vnni")]
     unsafe fn add_pairs(sums: __m512i, a: i32, pairs: __m512i) -> __m512i {
         _mm512_dpwssd_epi32(sums, _mm512_set1_epi32(a), pairs)
+    }
+
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn join_sums(a: __m512i, b: __m512i) -> __m512i {
+        _mm512_add_epi32(a, b)
     }
 
     #[inline]

@@ -30,6 +30,12 @@ instantiate! {
     lanes: Sixteen,
 }
 
+/// `value` where it is larger, and else `best`.
+#[inline(always)]
+fn larger(best: f32, value: f32) -> f32 {
+    if value > best { value } else { best }
+}
+
 /// Sixteen f32 lanes.
 #[derive(Clone, Copy)]
 struct Sixteen([f32; 16]);
@@ -38,6 +44,7 @@ impl Lanes for Sixteen {
     type Sums = [i32; 16];
     type Pairs = [[i32; 16]; 2];
     const ROWS: usize = 1;
+    const CHAINS: usize = 1;
 
     #[inline(always)]
     unsafe fn splat(x: f32) -> Self {
@@ -70,6 +77,11 @@ impl Lanes for Sixteen {
     }
 
     #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Sixteen(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+
+    #[inline(always)]
     unsafe fn mul(self, other: Self) -> Self {
         Sixteen(std::array::from_fn(|i| self.0[i] * other.0[i]))
     }
@@ -91,6 +103,40 @@ impl Lanes for Sixteen {
     }
 
     #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Sixteen(std::array::from_fn(|i| larger(other.0[i], self.0[i])))
+    }
+
+    #[inline(always)]
+    unsafe fn fold_max(lanes: [Self; 2]) -> f32 {
+        let lanes = lanes.map(|half| half.0);
+        numerics::fold(std::array::from_fn(|i| lanes[i / 16][i % 16]), larger)
+    }
+
+    #[inline(always)]
+    unsafe fn abs(self) -> Self {
+        Sixteen(self.0.map(f32::abs))
+    }
+
+    #[inline(always)]
+    unsafe fn power_of_two(self) -> Self {
+        Sixteen(self.0.map(|x| f32::from_bits((x.to_bits() << 23).wrapping_add(1f32.to_bits()))))
+    }
+
+    #[inline(always)]
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self {
+        Sixteen(std::array::from_fn(|i| if x.0[i] < limit.0[i] { 0.0 } else { self.0[i] }))
+    }
+
+    #[inline(always)]
+    unsafe fn store_rounded(self, out: *mut i16) {
+        let rounded =
+            self.0.map(|x| numerics::round_to_i32(if x.is_nan() { 0.0 } else { x }) as i16);
+        // SAFETY: room for sixteen elements, by the contract.
+        unsafe { out.cast::<[i16; 16]>().write_unaligned(rounded) }
+    }
+
+    #[inline(always)]
     unsafe fn no_sums() -> [i32; 16] {
         [0; 16]
     }
@@ -108,15 +154,21 @@ impl Lanes for Sixteen {
     }
 
     #[inline(always)]
-    unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
-        // SAFETY: sixteen elements each, by the contract.
-        unsafe { [first, second].map(|x| x.cast::<[i8; 16]>().read().map(i32::from)) }
+    unsafe fn pairs(x: *const i8) -> Self::Pairs {
+        // SAFETY: thirty-two elements, by the contract.
+        let pairs = unsafe { x.cast::<[[i8; 2]; 16]>().read() };
+        [pairs.map(|pair| i32::from(pair[0])), pairs.map(|pair| i32::from(pair[1]))]
     }
 
     #[inline(always)]
     unsafe fn add_pairs(sums: [i32; 16], a: i32, pairs: Self::Pairs) -> [i32; 16] {
         let (low, high) = (i32::from(a as i16), a >> 16);
         std::array::from_fn(|i| sums[i] + low * pairs[0][i] + high * pairs[1][i])
+    }
+
+    #[inline(always)]
+    unsafe fn join_sums(a: [i32; 16], b: [i32; 16]) -> [i32; 16] {
+        std::array::from_fn(|i| a[i] + b[i])
     }
 
     #[inline(always)]

@@ -9,7 +9,7 @@ use bitnet_quant::packing::blocks::f32_to_f16_row;
 use super::{Compute, at_least, lock};
 use crate::arch::{Attention, Room, partial_len, room_len};
 use crate::buffer::Buffer;
-use crate::kv::{KvStore, LayerMut, Side, ask, scatter};
+use crate::kv::{KvStore, LayerMut, Side, ask, scatter, scatter_pairs};
 use crate::profile::Call;
 use crate::threads::{Chunks, Cut, Partition, Strips, ThreadPool};
 
@@ -94,7 +94,7 @@ impl Compute {
                         ask(piece, &layout, side, token);
                         scales[block * layout.block_tokens + token] =
                             self.kernels.quantize_head(values, quantized);
-                        scatter(piece, &layout, side, token, quantized.iter().copied());
+                        scatter_pairs(piece, &layout, side, token, quantized);
                     });
                 });
             }

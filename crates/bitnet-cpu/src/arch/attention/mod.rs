@@ -14,16 +14,19 @@
 //! query heads that share the key/value head, of one or more tokens. Nothing depends on `R`: a lane
 //! is one chain of fused multiply-adds in ascending `k`.
 //!
-//! Keys and values of int8 are multiplied as integers, with queries and weights rounded to 16 bits.
+//! Keys and values of int8 are multiplied as integers, two rows of a panel at a time ([`pair_place`]), with
+//! queries and weights rounded to 16 bits.
 
 mod products;
+#[cfg(test)]
+mod tests;
 
 use std::ops::Range;
 
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 
 use super::lanes::Lanes;
-use products::{Floats, Integers, KeyPanel, Product, ValueRows, WeightRange};
+use products::{Floats, Integers, KeyPanel, Product, ValueRows};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 16;
@@ -36,14 +39,24 @@ pub(crate) fn panel_place(rows: usize, cols: usize, row: usize, col: usize) -> u
     first * rows + row * PANEL.min(cols - first) + col % PANEL
 }
 
+/// [`panel_place`] where two rows lie together, column by column, as products of pairs of 16-bit numbers
+/// take them. A last odd row lies alone.
+pub(crate) fn pair_place(rows: usize, cols: usize, row: usize, col: usize) -> usize {
+    let first = col / PANEL * PANEL;
+    let pair = row & !1;
+    let each = 2.min(rows - pair);
+    first * rows + pair * PANEL.min(cols - first) + each * (col - first) + row % 2
+}
+
 /// Stored keys and values: per layer, side (key or value), head and block one piece of
-/// `block_tokens * head_size` elements in panels. `PANEL` more elements follow, because panels are
-/// read sixteen columns at a time whatever their width.
+/// `block_tokens * head_size` elements in panels. `2 * PANEL` more elements follow, because panels are
+/// read sixteen columns at a time whatever their width, those of int8 two rows at a time.
 pub(crate) enum KvData {
     F32(Vec<f32>),
     /// Half-precision numbers, little-endian.
     F16(Vec<[u8; 2]>),
-    /// Values, and one scale per token and head: `block_tokens` per piece.
+    /// Values, in pairs of rows ([`pair_place`]), and one scale per token and head: `block_tokens` per
+    /// piece.
     Int8(Vec<i8>, Vec<f32>),
 }
 
@@ -106,7 +119,7 @@ pub(crate) struct Room<'a> {
 
 /// Floats and 16-bit integers that [`attend`] needs for so many rows.
 pub(crate) const fn room_len(rows: usize, head_size: usize) -> (usize, usize) {
-    (rows * (head_size + SCORES + 1), rows * (head_size + 1 + SCORES))
+    (rows * (head_size + SCORES + 1) + ATTENTION_SPLIT, rows * (head_size + SCORES))
 }
 
 /// Distance of the scores of two rows. A panel that begins before the split or ends after it is
@@ -135,7 +148,7 @@ pub(super) fn attend<V: Lanes>(
     let &Attention { shared, head_size, scale, .. } = attention;
     let rows = attention.rows();
     let (queries, scores) = room.floats.split_at_mut(rows * head_size);
-    let scores = &mut scores[..rows * (SCORES + 1)];
+    let scores = &mut scores[..rows * (SCORES + 1) + ATTENTION_SPLIT];
     let tokens = attention.queries.chunks(attention.stride);
     for (scaled, token) in queries.chunks_exact_mut(shared * head_size).zip(tokens) {
         for (scaled, x) in scaled.iter_mut().zip(token) {
@@ -152,18 +165,17 @@ pub(super) fn attend<V: Lanes>(
             attend_with::<V, _>(attention, split, product, scores, partials);
         }
         KvData::Int8(data, scales) => {
-            let (shorts, weights) = room.shorts.split_at_mut(rows * (head_size + 1));
-            let width = head_size.next_multiple_of(2);
+            let (shorts, weights) = room.shorts.split_at_mut(rows * head_size);
             let (scores, steps) = scores.split_at_mut(rows * SCORES);
+            let (steps, weight_scales) = steps.split_at_mut(rows);
             let levels = numerics::query_levels(head_size);
-            let quantized = shorts.chunks_exact_mut(width);
+            let quantized = shorts.chunks_exact_mut(head_size);
             for ((query, short), step) in
                 queries.chunks_exact(head_size).zip(quantized).zip(steps.iter_mut())
             {
-                short[head_size..].fill(0);
-                *step = numerics::quantize_i16(query, levels, &mut short[..head_size]);
+                *step = numerics::quantize_i16(query, levels, short);
             }
-            let product = Integers { queries: shorts, weights, steps, data, scales };
+            let product = Integers { queries: shorts, weights, steps, weight_scales, data, scales };
             attend_with::<V, _>(attention, split, product, scores, partials);
         }
     }
@@ -213,24 +225,30 @@ fn attend_with<V: Lanes, P: Product<V>>(
         }
     }
 
+    // Step by step for all rows, so that what each waits for at the end of a step is not waited for.
+    product.scale_weights(attention, &all);
+    // In whole rounds of lanes: what is not seen has the weight zero.
+    let rounds = |row: usize| {
+        let seen = attention.seen(row, split);
+        let len = if seen.is_empty() { 0 } else { seen.end - start };
+        row * SCORES + PANEL..row * SCORES + PANEL + len.next_multiple_of(numerics::LANES)
+    };
     for (row, partial) in partials.chunks_exact_mut(len).take(rows).enumerate() {
         partial.fill(0.0);
         let seen = attention.seen(row, split);
-        if seen.is_empty() {
-            continue;
+        let own = &mut scores[rounds(row)];
+        if !own.is_empty() {
+            own[..seen.start - start].fill(f32::NEG_INFINITY);
+            own[seen.end - start..].fill(f32::NEG_INFINITY);
+            partial[stats(head_size)] = max::<V>(own);
         }
-        // In whole rounds of lanes: what is not seen has the weight zero.
-        let own = &mut scores[row * SCORES + PANEL..][..ATTENTION_SPLIT];
-        own[..seen.start - start].fill(f32::NEG_INFINITY);
-        let own = &mut own[..(seen.end - start).next_multiple_of(numerics::LANES)];
-        own[seen.end - start..].fill(f32::NEG_INFINITY);
-        let max = numerics::max(own);
-        for weight in own.iter_mut() {
-            *weight = numerics::exp(*weight - max);
-        }
-        partial[stats(head_size)] = max;
-        partial[stats(head_size) + 1] = sum::<V>(own);
-        product.weigh(attention, row, WeightRange { seen, start }, scores);
+    }
+    for (row, partial) in partials.chunks_exact_mut(len).take(rows).enumerate() {
+        let [max, sum] = &mut partial[stats(head_size)..][..2] else { unreachable!() };
+        *sum = product.weigh(row, &mut scores[rounds(row)], *max);
+    }
+    for row in 0..rows {
+        product.round_weights(row, rounds(row), scores);
     }
 
     for block in attention.blocks(&all) {
@@ -288,22 +306,44 @@ fn attend_with<V: Lanes, P: Product<V>>(
     }
 }
 
-/// [`numerics::sum`] of whole rounds of lanes. In the midst of [`attend_with`] the compiler makes
-/// sixteen sums of two lanes of it.
+/// [`numerics::max`] of whole rounds of lanes.
 #[inline(always)]
-fn sum<V: Lanes>(x: &[f32]) -> f32 {
+fn max<V: Lanes>(x: &[f32]) -> f32 {
     let (rounds, rest) = x.as_chunks::<{ numerics::LANES }>();
     assert!(rest.is_empty());
     // SAFETY: the kernels are called on CPUs that have their instructions (see `Kernels`), and a round
     // is twice sixteen elements.
     unsafe {
-        let mut lanes = [V::splat(0.0); 2];
+        let mut lanes = [V::splat(f32::NEG_INFINITY); 2];
         for round in rounds {
-            // Times one, which is exact.
-            lanes[0] = lanes[0].add_product(1.0, V::load(round.as_ptr()));
-            lanes[1] = lanes[1].add_product(1.0, V::load(round.as_ptr().add(PANEL)));
+            lanes[0] = V::load(round.as_ptr()).max(lanes[0]);
+            lanes[1] = V::load(round.as_ptr().add(PANEL)).max(lanes[1]);
         }
-        V::fold(lanes)
+        V::fold_max(lanes)
+    }
+}
+
+/// [`numerics::exp`] of `x - max`, neither more than zero nor NaN unless `x` is: the power of two is then
+/// at most one, and where the result is not zero it is a normal number, so that one factor does.
+///
+/// # Safety
+/// As for [`Lanes`].
+#[inline(always)]
+unsafe fn exp_below<V: Lanes>(x: V, max: f32) -> V {
+    use numerics::exp_parts::*;
+    // SAFETY: passed on.
+    unsafe {
+        let x = x.add(V::splat(-max));
+        let above = x.mul(V::splat(LOG2_E)).add(V::splat(ABOVE));
+        let minus_n = above.mul_add(V::splat(-1.0), V::splat(ABOVE));
+        let r = minus_n.mul_add(V::splat(LN2_HI), x);
+        let r = minus_n.mul_add(V::splat(LN2_LO), r);
+        let mut p = V::splat(POLYNOMIAL[0]);
+        for factor in &POLYNOMIAL[1..] {
+            p = p.mul_add(r, V::splat(*factor));
+        }
+        let value = p.mul_add(r.mul(r), r).add(V::splat(1.0));
+        value.mul(above.power_of_two()).zero_where_less(x, V::splat(LEAST))
     }
 }
 

@@ -3,10 +3,10 @@
 
 use std::ops::Range;
 
-use bitnet_core::numerics;
+use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 use bitnet_quant::packing::tile;
 
-use super::{Attention, PANEL, SCORES, partial_len};
+use super::{Attention, PANEL, SCORES, exp_below, partial_len};
 use crate::arch::lanes::{Element, Lanes};
 use crate::arch::prefetch_second;
 
@@ -23,15 +23,13 @@ pub(super) trait Product<V: Lanes> {
         panel: KeyPanel,
         scores: &mut [f32],
     );
-    /// Turns the weights of a row, which lie at `scores[PANEL + i]` for position `i` of the split,
-    /// into what [`add_values`](Product::add_values) multiplies with.
-    fn weigh(
-        &mut self,
-        attention: &Attention<'_>,
-        row: usize,
-        seen: WeightRange,
-        scores: &mut [f32],
-    );
+    /// Prepares for the weights of all rows, which see some of the positions `all`.
+    fn scale_weights(&mut self, attention: &Attention<'_>, all: &Range<usize>);
+    /// Turns the scores of a row into weights, `e^(score - max)`, and returns their sum.
+    fn weigh(&mut self, row: usize, scores: &mut [f32], max: f32) -> f32;
+    /// Turns the weights of a row, which are at a place in `scores`, into what
+    /// [`add_values`](Product::add_values) multiplies with.
+    fn round_weights(&mut self, row: usize, place: Range<usize>, scores: &[f32]);
     /// Adds weighted values of one block to the partial results of the `R` rows from `row` on.
     fn add_values<const R: usize>(
         &self,
@@ -53,13 +51,6 @@ pub(super) struct KeyPanel {
     pub(super) first: usize,
     /// Where the scores go in each row.
     pub(super) at: usize,
-}
-
-/// Positions that a row sees.
-pub(super) struct WeightRange {
-    pub(super) seen: Range<usize>,
-    /// First position of the split.
-    pub(super) start: usize,
 }
 
 /// Values of consecutive tokens of one block.
@@ -114,6 +105,54 @@ impl<'a, T> Panel<'a, T> {
     }
 }
 
+/// A part of a panel of pairs ([`pair_place`](super::pair_place)).
+#[derive(Clone, Copy)]
+struct Pairs<'a> {
+    /// From the first pair of which a row is in the part.
+    data: &'a [i8],
+    /// Rows, and whether the first of them is the second of its pair.
+    rows: usize,
+    odd: bool,
+    /// Whether the last row lies alone.
+    alone: bool,
+    width: usize,
+}
+
+impl<'a> Pairs<'a> {
+    /// As [`Panel::new`].
+    #[inline(always)]
+    fn new(
+        piece: &'a [i8],
+        (all_rows, cols): (usize, usize),
+        col: usize,
+        (first, rows): (usize, usize),
+    ) -> Self {
+        let (width, odd) = (PANEL.min(cols - col), first % 2);
+        let data = &piece[col * all_rows + (first - odd) * width..];
+        // The last pair, which begins at an even row.
+        let last = (odd + rows).saturating_sub(1) & !1;
+        assert!(last * width + 2 * PANEL <= data.len());
+        let alone = first + rows == all_rows && all_rows % 2 == 1;
+        Pairs { data, rows, odd: odd == 1, alone, width }
+    }
+
+    /// As [`Panel::keys`].
+    #[inline(always)]
+    fn keys(data: &'a [i8], attention: &Attention<'_>, keys: KeyPanel) -> Self {
+        let &Attention { head_size, block_tokens, .. } = attention;
+        let piece = &data[keys.piece * block_tokens * head_size..];
+        Pairs::new(piece, (head_size, block_tokens), keys.first, (0, head_size))
+    }
+
+    /// As [`Panel::values`].
+    #[inline(always)]
+    fn values(data: &'a [i8], attention: &Attention<'_>, values: ValueRows, col: usize) -> Self {
+        let &Attention { head_size, block_tokens, .. } = attention;
+        let piece = &data[values.piece * block_tokens * head_size..];
+        Pairs::new(piece, (block_tokens, head_size), col, (values.first, values.count))
+    }
+}
+
 /// Rows of a matrix, `stride` elements from one to the next.
 #[derive(Clone, Copy)]
 struct Rows<'a, T> {
@@ -154,57 +193,75 @@ fn multiply<V: Lanes, T: Element<V>, const R: usize>(
     }
 }
 
-/// The sums of [`multiply`] for 16-bit rows and an 8-bit panel. `next` is what the last row is paired
-/// with if their number is odd. They are loaded from `sums` first if there are any.
+/// The sums of [`multiply`] for 16-bit rows and an 8-bit panel. They are loaded from `sums` first if
+/// there are any.
 ///
 /// # Safety
-/// As for [`Lanes`]; `a` has `R` rows of `panel.rows` elements, rounded up to an even number, and
-/// `sums` is null or has `R` rows of 16 elements.
+/// As for [`Lanes`]; `a` has `R` rows of `panel.rows` elements, and `sums` is null or has `R` rows of 16
+/// elements.
 #[inline(always)]
 unsafe fn multiply_pairs<V: Lanes, const R: usize>(
     a: Rows<'_, i16>,
-    panel: Panel<'_, i8>,
+    panel: Pairs<'_>,
     sums: *const i32,
     stride: usize,
 ) -> [V::Sums; R] {
-    let b = panel.data.as_ptr();
-    // SAFETY: by the contract of this function and `Panel::new`.
+    // SAFETY: by the contract of this function and `Pairs::new`.
     unsafe {
         let rows: [*const i16; R] = std::array::from_fn(|r| a.data.as_ptr().add(r * a.stride));
-        let mut acc = [V::no_sums(); R];
+        let mut acc = [[V::no_sums(); R]; 2];
         if !sums.is_null() {
-            for (r, acc) in acc.iter_mut().enumerate() {
+            for (r, acc) in acc[0].iter_mut().enumerate() {
                 *acc = V::load_sums(sums.add(r * stride));
             }
         }
         // Written out: a closure would not have the instructions of the function around it.
         macro_rules! add {
-            ($k:expr, $pairs:expr) => {
-                let pairs = $pairs;
-                for (acc, row) in acc.iter_mut().zip(rows) {
-                    *acc = V::add_pairs(*acc, row.add($k).cast::<i32>().read_unaligned(), pairs);
+            ($chain:expr, $pairs:expr, $row:ident => $words:expr) => {
+                let pairs = V::pairs($pairs);
+                for (acc, $row) in acc[$chain].iter_mut().zip(rows) {
+                    *acc = V::add_pairs(*acc, $words, pairs);
                 }
             };
         }
-        let mut k = 0;
+        let (mut b, mut k) = (panel.data.as_ptr(), 0);
+        if panel.odd && panel.rows != 0 {
+            add!(0, b, row => i32::from(*row) << 16);
+            b = b.add(2 * panel.width);
+            k = 1;
+        }
         if panel.width == PANEL {
-            while k + 2 <= panel.rows {
-                let pairs = b.add(k * PANEL);
-                // Once per line of memory.
-                if (k * PANEL).is_multiple_of(tile::LINE) {
-                    prefetch_second(pairs.wrapping_add(AHEAD));
-                }
-                add!(k, V::adjacent_pairs(pairs));
-                k += 2;
+            // A line of memory at a time.
+            while k + 4 <= panel.rows {
+                prefetch_second(b.wrapping_add(AHEAD));
+                add!(0, b, row => row.add(k).cast::<i32>().read_unaligned());
+                add!(V::CHAINS - 1, b.add(2 * PANEL), row => row.add(k + 2).cast::<i32>().read_unaligned());
+                b = b.add(tile::LINE);
+                k += 4;
             }
         }
         while k + 2 <= panel.rows {
-            let first = b.add(k * panel.width);
-            add!(k, V::pairs(first, first.add(panel.width)));
+            add!(0, b, row => row.add(k).cast::<i32>().read_unaligned());
+            b = b.add(2 * panel.width);
             k += 2;
         }
         if k < panel.rows {
-            add!(k, V::pairs(b.add(k * panel.width), [0i8; PANEL].as_ptr()));
+            let mut last = [0; 2 * PANEL];
+            let row = std::slice::from_raw_parts(b, 2 * PANEL);
+            if panel.alone {
+                for (pair, x) in last.chunks_exact_mut(2).zip(row) {
+                    pair[0] = *x;
+                }
+            } else {
+                last.copy_from_slice(row);
+            }
+            add!(0, last.as_ptr(), row => i32::from(*row.add(k) as u16));
+        }
+        let [mut acc, others] = acc;
+        if V::CHAINS == 2 {
+            for (acc, other) in acc.iter_mut().zip(others) {
+                *acc = V::join_sums(*acc, other);
+            }
         }
         acc
     }
@@ -234,7 +291,29 @@ impl<V: Lanes, T: Element<V>> Product<V> for Floats<'_, T> {
     }
 
     #[inline(always)]
-    fn weigh(&mut self, _: &Attention<'_>, _: usize, _: WeightRange, _: &mut [f32]) {}
+    fn scale_weights(&mut self, _: &Attention<'_>, _: &Range<usize>) {}
+
+    #[inline(always)]
+    fn weigh(&mut self, _: usize, scores: &mut [f32], max: f32) -> f32 {
+        let (rounds, rest) = scores.as_chunks_mut::<{ numerics::LANES }>();
+        assert!(rest.is_empty());
+        // SAFETY: the kernels are called on CPUs that have their instructions (see `Kernels`), and a
+        // round is twice sixteen elements.
+        unsafe {
+            let mut sums = [V::splat(0.0); 2];
+            for round in rounds {
+                for (sum, half) in sums.iter_mut().zip(round.as_chunks_mut::<PANEL>().0) {
+                    let weight = exp_below(V::load(half.as_ptr()), max);
+                    weight.store(half.as_mut_ptr());
+                    *sum = sum.add(weight);
+                }
+            }
+            V::fold(sums)
+        }
+    }
+
+    #[inline(always)]
+    fn round_weights(&mut self, _: usize, _: Range<usize>, _: &[f32]) {}
 
     #[inline(always)]
     fn add_values<const R: usize>(
@@ -259,12 +338,14 @@ impl<V: Lanes, T: Element<V>> Product<V> for Floats<'_, T> {
 
 /// 16-bit queries and weights with keys and values of int8.
 pub(super) struct Integers<'a> {
-    /// Queries `[rows, head_size rounded up to an even number]`.
+    /// Queries `[rows, head_size]`.
     pub(super) queries: &'a [i16],
     /// Weights, as the scores lie.
     pub(super) weights: &'a mut [i16],
     /// What one is worth in a row: of its query, then of its weights.
     pub(super) steps: &'a mut [f32],
+    /// Scales of the values of a split, 0 for those that no row sees.
+    pub(super) weight_scales: &'a mut [f32],
     pub(super) data: &'a [i8],
     pub(super) scales: &'a [f32],
 }
@@ -279,13 +360,12 @@ impl<V: Lanes> Product<V> for Integers<'_> {
         scores: &mut [f32],
     ) {
         let &Attention { head_size, block_tokens, .. } = attention;
-        let width = head_size.next_multiple_of(2);
-        let keys = Panel::keys(self.data, attention, panel);
+        let keys = Pairs::keys(self.data, attention, panel);
         let scales = &self.scales[panel.piece * block_tokens + panel.first..][..PANEL];
-        let queries = Rows { data: &self.queries[row * width..], stride: width };
+        let queries = Rows { data: &self.queries[row * head_size..], stride: head_size };
         let out = &mut scores[row * SCORES + panel.at..];
         let steps = &self.steps[row..row + R];
-        assert!(queries.data.len() >= R * width && (R - 1) * SCORES + PANEL <= out.len());
+        assert!(queries.data.len() >= R * head_size && (R - 1) * SCORES + PANEL <= out.len());
         // SAFETY: the kernels are called on CPUs that have their instructions (see `Kernels`), and
         // the lengths were just checked.
         unsafe {
@@ -299,32 +379,59 @@ impl<V: Lanes> Product<V> for Integers<'_> {
     }
 
     #[inline(always)]
-    fn weigh(
-        &mut self,
-        attention: &Attention<'_>,
-        row: usize,
-        range: WeightRange,
-        scores: &mut [f32],
-    ) {
-        let WeightRange { seen, start } = range;
+    fn scale_weights(&mut self, attention: &Attention<'_>, all: &Range<usize>) {
         let block_tokens = attention.block_tokens;
-        let own =
-            row * SCORES + PANEL + seen.start - start..row * SCORES + PANEL + seen.end - start;
-        let weights = &mut scores[own.clone()];
-        let mut rest = &mut *weights;
-        for block in attention.blocks(&seen) {
+        self.weight_scales.fill(0.0);
+        for block in attention.blocks(all) {
             let first = block * block_tokens;
-            let held = first.max(seen.start)..(first + block_tokens).min(seen.end);
+            let held = first.max(all.start)..(first + block_tokens).min(all.end);
             let piece = attention.values + attention.blocks[block] as usize;
             let scales = &self.scales[piece * block_tokens + held.start - first..][..held.len()];
-            let (now, later) = rest.split_at_mut(held.len());
-            for (weight, scale) in now.iter_mut().zip(scales) {
-                *weight *= scale;
-            }
-            rest = later;
+            self.weight_scales[held.start % ATTENTION_SPLIT..][..held.len()]
+                .copy_from_slice(scales);
         }
-        let shorts = &mut self.weights[own];
-        self.steps[row] = numerics::quantize_i16(weights, numerics::WEIGHT_LEVELS, shorts);
+    }
+
+    #[inline(always)]
+    fn weigh(&mut self, row: usize, scores: &mut [f32], max: f32) -> f32 {
+        let (rounds, rest) = scores.as_chunks_mut::<{ numerics::LANES }>();
+        let scales = self.weight_scales.as_chunks::<{ numerics::LANES }>().0;
+        assert!(rest.is_empty());
+        // SAFETY: the kernels are called on CPUs that have their instructions (see `Kernels`), and a
+        // round is twice sixteen elements.
+        unsafe {
+            let mut sums = [V::splat(0.0); 2];
+            let mut largest = [V::splat(0.0); 2];
+            for (round, scales) in rounds.iter_mut().zip(scales) {
+                for half in 0..2 {
+                    let at = round.as_mut_ptr().add(half * PANEL);
+                    let weight = exp_below(V::load(at), max);
+                    sums[half] = sums[half].add(weight);
+                    let scaled = weight.mul(V::load(scales.as_ptr().add(half * PANEL)));
+                    scaled.store(at);
+                    largest[half] = scaled.abs().max(largest[half]);
+                }
+            }
+            self.steps[row] = V::fold_max(largest);
+            V::fold(sums)
+        }
+    }
+
+    #[inline(always)]
+    fn round_weights(&mut self, row: usize, place: Range<usize>, scores: &[f32]) {
+        let step = &mut self.steps[row];
+        let factor = numerics::level_factor(*step, numerics::WEIGHT_LEVELS);
+        *step /= numerics::WEIGHT_LEVELS;
+        let scores = scores[place.clone()].as_chunks::<PANEL>().0;
+        let weights = self.weights[place].as_chunks_mut::<PANEL>().0;
+        // SAFETY: the kernels are called on CPUs that have their instructions (see `Kernels`), and
+        // there are sixteen elements.
+        unsafe {
+            let factor = V::splat(factor);
+            for (scores, weights) in scores.iter().zip(weights) {
+                V::load(scores.as_ptr()).mul(factor).store_rounded(weights.as_mut_ptr());
+            }
+        }
     }
 
     #[inline(always)]
@@ -338,9 +445,9 @@ impl<V: Lanes> Product<V> for Integers<'_> {
     ) {
         let len = partial_len(attention.head_size);
         let weights = Rows { data: &self.weights[row * SCORES + values.at..], stride: SCORES };
-        assert!((R - 1) * SCORES + values.count < weights.data.len());
+        assert!((R - 1) * SCORES + values.count <= weights.data.len());
         for col in (0..attention.head_size).step_by(PANEL) {
-            let panel = Panel::values(self.data, attention, values, col);
+            let panel = Pairs::values(self.data, attention, values, col);
             let out = &mut partials[row * len + col..];
             assert!((R - 1) * len + PANEL <= out.len());
             let out = out.as_mut_ptr().cast::<i32>();

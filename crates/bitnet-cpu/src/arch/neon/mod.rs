@@ -42,6 +42,7 @@ impl Lanes for Sixteen {
     /// The two rows, each as two registers.
     type Pairs = [[int16x8_t; 2]; 2];
     const ROWS: usize = 4;
+    const CHAINS: usize = 1;
 
     #[inline]
     #[target_feature(enable = "neon")]
@@ -97,6 +98,16 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "neon")]
+    unsafe fn add(self, other: Self) -> Self {
+        let mut out = self.0;
+        for (out, x) in out.iter_mut().zip(other.0) {
+            *out = vaddq_f32(*out, x);
+        }
+        Sixteen(out)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn mul(self, other: Self) -> Self {
         let mut out = self.0;
         for (out, x) in out.iter_mut().zip(other.0) {
@@ -137,6 +148,63 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "neon")]
+    unsafe fn max(self, other: Self) -> Self {
+        let mut out = other.0;
+        for (out, x) in out.iter_mut().zip(self.0) {
+            *out = vbslq_f32(vcgtq_f32(x, *out), x, *out);
+        }
+        Sixteen(out)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn fold_max(lanes: [Self; 2]) -> f32 {
+        let [Sixteen(a), Sixteen(b)] = lanes;
+        let low = vmaxq_f32(vmaxq_f32(a[0], b[0]), vmaxq_f32(a[2], b[2]));
+        let high = vmaxq_f32(vmaxq_f32(a[1], b[1]), vmaxq_f32(a[3], b[3]));
+        vmaxvq_f32(vmaxq_f32(low, high))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn abs(self) -> Self {
+        Sixteen(self.0.map(|x| vabsq_f32(x)))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn power_of_two(self) -> Self {
+        let one = vreinterpretq_s32_f32(vdupq_n_f32(1.0));
+        Sixteen(self.0.map(|x| {
+            let exponent = vshlq_n_s32::<23>(vreinterpretq_s32_f32(x));
+            vreinterpretq_f32_s32(vaddq_s32(exponent, one))
+        }))
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn zero_where_less(self, x: Self, limit: Self) -> Self {
+        let mut out = self.0;
+        for (i, out) in out.iter_mut().enumerate() {
+            let less = vcltq_f32(x.0[i], limit.0[i]);
+            *out = vbslq_f32(less, vdupq_n_f32(0.0), *out);
+        }
+        Sixteen(out)
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn store_rounded(self, out: *mut i16) {
+        for (i, x) in self.0.into_iter().enumerate() {
+            // The instruction makes 0 of NaN.
+            let rounded = vmovn_s32(vcvtnq_s32_f32(x));
+            // SAFETY: four places of sixteen, by the contract.
+            unsafe { vst1_s16(out.add(4 * i), rounded) }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
     unsafe fn no_sums() -> Self::Sums {
         [vdupq_n_s32(0); 4]
     }
@@ -159,12 +227,10 @@ impl Lanes for Sixteen {
 
     #[inline]
     #[target_feature(enable = "neon")]
-    unsafe fn pairs(first: *const i8, second: *const i8) -> Self::Pairs {
-        [first, second].map(|x| {
-            // SAFETY: sixteen elements, by the contract.
-            let x = unsafe { vld1q_s8(x) };
-            [vmovl_s8(vget_low_s8(x)), vmovl_high_s8(x)]
-        })
+    unsafe fn pairs(x: *const i8) -> Self::Pairs {
+        // SAFETY: thirty-two elements, by the contract.
+        let rows = unsafe { vld2q_s8(x) };
+        [rows.0, rows.1].map(|row| [vmovl_s8(vget_low_s8(row)), vmovl_high_s8(row)])
     }
 
     #[inline]
@@ -176,6 +242,16 @@ impl Lanes for Sixteen {
                 sums[2 * half] = vmlal_n_s16(sums[2 * half], vget_low_s16(row), a);
                 sums[2 * half + 1] = vmlal_high_n_s16(sums[2 * half + 1], row, a);
             }
+        }
+        sums
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn join_sums(a: Self::Sums, b: Self::Sums) -> Self::Sums {
+        let mut sums = a;
+        for (sum, b) in sums.iter_mut().zip(b) {
+            *sum = vaddq_s32(*sum, b);
         }
         sums
     }
