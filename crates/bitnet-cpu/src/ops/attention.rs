@@ -173,43 +173,54 @@ impl Compute {
             // Few tiles over a long context: the threads share the splits.
             let tile = height * partial;
             let partials = at_least(&mut scratch.partials, jobs * splits * tile);
-            self.pool.run(Chunks::new(partials, tile), |thread, (index, partials)| {
-                // All tiles of a split, then the next split: the shorter last ones come last.
-                let (split, job) = (index / jobs, index % jobs);
-                let first = job / kv_heads * height;
-                for (own, attention) in pieces(first..first + height, job % kv_heads) {
-                    if attention.splits().contains(&split) {
-                        let mut scratch = lock(&threads[thread]);
-                        let scratch = &mut *scratch;
-                        let room = Room {
-                            floats: at_least(&mut scratch.floats, floats),
-                            shorts: at_least(&mut scratch.shorts, shorts),
-                        };
-                        let partials = &mut partials[(own.start - first) * partial..];
-                        self.kernels.attend(&attention, split, room, partials);
+            // All tiles of a split, then the next split: the shorter last ones come last. In parts that
+            // taper, because two threads may take as long to agree on a part as to compute one tile.
+            let cut = Cut::Tapered { unit: tile, least: 1, threads: threads.len() };
+            let len = partials.len();
+            self.pool.run(Strips::new(partials, len, cut), |thread, mut part| {
+                let first = part.columns().start / tile;
+                for (index, partials) in (first..).zip(part.row(0).chunks_exact_mut(tile)) {
+                    let (split, job) = (index / jobs, index % jobs);
+                    let first = job / kv_heads * height;
+                    for (own, attention) in pieces(first..first + height, job % kv_heads) {
+                        if attention.splits().contains(&split) {
+                            let mut scratch = lock(&threads[thread]);
+                            let scratch = &mut *scratch;
+                            let room = Room {
+                                floats: at_least(&mut scratch.floats, floats),
+                                shorts: at_least(&mut scratch.shorts, shorts),
+                            };
+                            let partials = &mut partials[(own.start - first) * partial..];
+                            self.kernels.attend(&attention, split, room, partials);
+                        }
                     }
                 }
             });
             // Then the query heads: each joins its parts of the splits, in their order.
             let (partials, len) = (&*partials, partial_len(head_size));
-            let strips = Strips::new(out, width, Cut::Even(head_size)).cut(height);
+            let cut = Cut::Tapered { unit: head_size, least: 1, threads: threads.len() };
+            let strips = Strips::new(out, width, cut).cut(height);
             self.pool.run(strips, |thread, mut out| {
-                let (first, head) = (out.rows().start, out.columns().start / head_size);
-                let job = first / height * kv_heads + head / shared;
-                for (own, attention) in pieces(out.rows(), head / shared) {
-                    for row in own {
-                        let part = |split: usize| {
-                            let start = (split * jobs + job) * tile + (row - first) * partial;
-                            &partials[start + head % shared * len..][..len]
-                        };
-                        let mut scratch = lock(&threads[thread]);
-                        let total = at_least(&mut scratch.floats, len);
-                        let splits = attention.splits();
-                        total.copy_from_slice(part(splits.start));
-                        for split in splits.skip(1) {
-                            self.kernels.merge(head_size, total, part(split));
+                let (rows, columns) = (out.rows(), out.columns());
+                let first = rows.start;
+                for head in columns.start / head_size..columns.end / head_size {
+                    let job = first / height * kv_heads + head / shared;
+                    for (own, attention) in pieces(rows.clone(), head / shared) {
+                        for row in own {
+                            let part = |split: usize| {
+                                let start = (split * jobs + job) * tile + (row - first) * partial;
+                                &partials[start + head % shared * len..][..len]
+                            };
+                            let mut scratch = lock(&threads[thread]);
+                            let total = at_least(&mut scratch.floats, len);
+                            let splits = attention.splits();
+                            total.copy_from_slice(part(splits.start));
+                            for split in splits.skip(1) {
+                                self.kernels.merge(head_size, total, part(split));
+                            }
+                            let out = &mut out.row(row)[head * head_size - columns.start..];
+                            self.kernels.finish(head_size, total, &mut out[..head_size]);
                         }
-                        self.kernels.finish(head_size, total, out.row(row));
                     }
                 }
             });
