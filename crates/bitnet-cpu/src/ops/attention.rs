@@ -21,7 +21,7 @@ const ROWS: usize = 64;
 const SMALL: usize = 100_000;
 
 /// Numbers to be stored below which it does: a cache line for each keeps even few of them waiting.
-const SMALL_WRITE: usize = 2048;
+const SMALL_WRITE: usize = 1024;
 
 /// Takes one token of one head: its block, its place there, and its key or value.
 type Write<'a> = &'a mut dyn FnMut(usize, usize, Side, &[f32]);

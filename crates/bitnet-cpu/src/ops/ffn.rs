@@ -230,7 +230,9 @@ impl Compute {
         let start = self.profile.start();
         let height = matrix.codes.per_byte() * matrix.len;
         let columns = &inputs.quantized[..down.cols()];
-        let share = columns.len().div_ceil(self.parts(height * columns.len()));
+        // Each part waits for memory when it begins, so these are fewer than elsewhere.
+        let parts = self.parts(height * columns.len()).div_ceil(2);
+        let share = columns.len().div_ceil(parts);
         let lists = Chunks::new(at_least(room, columns.len()), share);
         threads.iter().for_each(|own| lock(own).column_sums.clear());
         self.pool.run(lists, |thread, (part, list)| {
