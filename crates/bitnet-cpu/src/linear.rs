@@ -55,7 +55,7 @@ impl Weigh for Linear {
 }
 
 impl Linear {
-    /// `matrix` in layouts that `kernels` take.
+    /// Takes a matrix as it lies, or laid out anew if `kernels` do not take its layouts.
     pub(crate) fn new(
         matrix: &TiledMatrix,
         precision: ActivationPrecision,

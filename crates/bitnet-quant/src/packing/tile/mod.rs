@@ -1,5 +1,5 @@
-//! The layout of ternary weights that the CPU kernels read: the same bytes on every instruction
-//! set, so that a file can hold them and every CPU can map it.
+//! The layouts of ternary weights that the CPU kernels read. Bands and rows of two bits are the same
+//! bytes on every instruction set, so that a file can hold them and every CPU can map it.
 //!
 //! A matrix `[rows, cols]` is padded to whole tiles of [`ROWS`] x [`COLS`] weights. The 16 rows of
 //! a tile make a *band*; the tiles of a band lie one after another along the columns, the bands one
@@ -52,6 +52,7 @@ pub type Tile = [u8; BYTES];
 
 /// Bytes of a line: what one access to memory brings.
 pub const LINE: usize = 64;
+
 /// Four weights of zero.
 const ZEROS: u8 = 0b01_01_01_01;
 
