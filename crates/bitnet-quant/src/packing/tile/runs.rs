@@ -104,20 +104,23 @@ pub(super) fn pack_rows(matrix: &TernaryMatrix, form: RunCodes, out: &mut [u8]) 
     let mut codes = vec![1; bytes * planes];
     for (row, out) in out.chunks_exact_mut(bytes.max(1)).enumerate() {
         if row < matrix.rows() {
-            let fours = matrix
-                .packed_row(row)
-                .iter()
-                .flat_map(|four| (0..4).map(move |i| four >> (2 * i) & 3));
-            codes[..cols].iter_mut().zip(fours).for_each(|(code, found)| *code = found);
+            for (four, codes) in matrix.packed_row(row).iter().zip(codes.chunks_exact_mut(4)) {
+                for (i, code) in codes.iter_mut().enumerate() {
+                    *code = four >> (2 * i) & 3;
+                }
+            }
         } else {
             codes.fill(1);
         }
-        for (word, codes) in out.chunks_exact_mut(WORD).zip(codes.chunks_exact(WORD * planes)) {
-            for (i, byte) in word.iter_mut().enumerate() {
-                let planes = codes[i..].iter().step_by(WORD).enumerate();
-                let full = planes.fold(0, |byte, (p, &code)| with_code(form, byte, p, code));
-                *byte = stored(form, full);
+        let (words, _) = out.as_chunks_mut::<WORD>();
+        for (word, codes) in words.iter_mut().zip(codes.chunks_exact(WORD * planes)) {
+            *word = [0; WORD];
+            for (plane, codes) in codes.as_chunks::<WORD>().0.iter().enumerate() {
+                for (byte, &code) in word.iter_mut().zip(codes) {
+                    *byte = with_code(form, *byte, plane, code);
+                }
             }
+            *word = word.map(|byte| stored(form, byte));
         }
     }
 }
