@@ -245,7 +245,8 @@ pub struct TiledMatrix {
 }
 
 impl TiledMatrix {
-    /// Puts a matrix together. `columns` is for matrices that meet many zero inputs. A backend checks the lengths of the bytes when it loads the matrix.
+    /// Puts a matrix together. `columns` is for matrices that meet many zero inputs. A backend checks
+    /// the lengths of the bytes when it loads the matrix.
     ///
     /// # Errors
     /// If the scales do not fit the shape or are not usable numbers.

@@ -71,14 +71,12 @@ impl Linear {
         }
         tile::check_len(matrix)?;
         let portable;
-        let exact = precision == ActivationPrecision::Int8
-            && !matches!(matrix.scale(), WeightScale::Groups { .. });
-        let matrix = match exact && kernels.take_compact() || !tile::is_compact(matrix) {
-            true => matrix,
-            false => {
-                portable = tile::portable(matrix, precision)?;
-                &portable
-            }
+        let takes = kernels.take_compact() && tile::sums_exactly(matrix.scale(), precision);
+        let matrix = if takes || !tile::is_compact(matrix) {
+            matrix
+        } else {
+            portable = tile::portable(matrix, precision)?;
+            &portable
         };
         let scale = match matrix.scale() {
             WeightScale::Multiply(scale) => Scale::Multiply(*scale),

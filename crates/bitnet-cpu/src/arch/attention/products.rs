@@ -234,8 +234,9 @@ unsafe fn multiply_pairs<V: Lanes, const R: usize>(
             // A line of memory at a time.
             while k + 4 <= panel.rows {
                 prefetch_second(b.wrapping_add(AHEAD));
+                let next = b.add(2 * PANEL);
                 add!(0, b, row => row.add(k).cast::<i32>().read_unaligned());
-                add!(V::CHAINS - 1, b.add(2 * PANEL), row => row.add(k + 2).cast::<i32>().read_unaligned());
+                add!(V::CHAINS - 1, next, row => row.add(k + 2).cast::<i32>().read_unaligned());
                 b = b.add(tile::LINE);
                 k += 4;
             }

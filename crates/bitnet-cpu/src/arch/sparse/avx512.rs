@@ -48,12 +48,7 @@ unsafe fn rows<const PLANES: usize>(
     for (i, acc) in acc.chunks_mut(GROUP).enumerate() {
         let group = Group::new(rows, row_bytes, live.len(), i * GROUP, |i| live[i]);
         // SAFETY: the contract of this function.
-        let [a, b, c, d] = unsafe {
-            match PLANES {
-                QUINTUPLES => quintuple_sums(group, row_bytes, planes),
-                _ => two_bit_sums(group, row_bytes, planes),
-            }
-        };
+        let [a, b, c, d] = unsafe { group_sums::<PLANES>(group, row_bytes, planes) };
         // Sums of pairs of lanes, then of fours, then of the four 128-bit lanes.
         let ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
         let cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
@@ -70,95 +65,74 @@ unsafe fn rows<const PLANES: usize>(
     }
 }
 
-/// Per row sixteen sums whose sum is that of the row. The codes of plane `p` are taken times `4^p`,
-/// as they lie, and have their own sums. A lane has a sixteenth of a row, so that its sum times 64
-/// is no larger than the largest sum of a whole row.
+/// Per row sixteen sums whose sum is that of the row.
 ///
 /// # Safety
 /// As for [`rows`], for the rows of the group.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn two_bit_sums(group: Group<GROUP>, row_bytes: usize, planes: &[i8]) -> [__m512i; GROUP] {
+unsafe fn group_sums<const PLANES: usize>(
+    group: Group<GROUP>,
+    row_bytes: usize,
+    planes: &[i8],
+) -> [__m512i; GROUP] {
     let masks = [0b11, 0b11_00, 0b11_00_00, 0b11_00_00_00u8].map(|m| _mm512_set1_epi8(m as i8));
     let stride = plane_len(row_bytes);
-    let mut sums = [[_mm512_setzero_si512(); 4]; GROUP];
-    for at in (0..row_bytes).step_by(64) {
-        // SAFETY: the planes are padded to whole registers.
-        let q: [__m512i; 4] = std::array::from_fn(|plane| unsafe {
-            _mm512_loadu_si512(planes.as_ptr().wrapping_add(plane * stride + at).cast())
-        });
-        let there = match row_bytes - at {
-            64.. => u64::MAX,
-            left => (1 << left) - 1,
-        };
-        for (i, sums) in sums.iter_mut().enumerate() {
-            _mm_prefetch::<_MM_HINT_T0>(group.next[i].wrapping_add(at).cast());
-            _mm_prefetch::<_MM_HINT_T1>(group.ahead[i].wrapping_add(at).cast());
-            let row = group.starts[i].wrapping_add(at);
-            // SAFETY: only bytes of the row are read.
-            let codes = unsafe { _mm512_maskz_loadu_epi8(there, row.cast()) };
-            for (plane, sum) in sums.iter_mut().enumerate() {
-                let codes = _mm512_and_si512(codes, masks[plane]);
-                *sum = _mm512_dpbusd_epi32(*sum, codes, q[plane]);
-            }
-        }
-    }
-    sums.map(|[a, b, c, d]| {
-        let (b, c) = (_mm512_srai_epi32::<2>(b), _mm512_srai_epi32::<4>(c));
-        let d = _mm512_srai_epi32::<6>(d);
-        _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d))
-    })
-}
-
-/// Per row sixteen sums whose sum is that of the row, from quintuples: three times the sum of the
-/// products of the bytes, less the sum of the products of what is left of them in the next plane, is 256
-/// times the sum of those of the codes (see [`bitnet_quant::packing::tile::runs`]).
-///
-/// # Safety
-/// As for [`rows`], for the rows of the group.
-#[inline]
-#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-unsafe fn quintuple_sums(group: Group<GROUP>, row_bytes: usize, planes: &[i8]) -> [__m512i; GROUP] {
-    let stride = plane_len(row_bytes);
     let mut totals = [_mm512_setzero_si512(); GROUP];
-    for run in (0..row_bytes).step_by(QUINTUPLES_AT_ONCE) {
-        let mut bytes = [[_mm512_setzero_si512(); 2]; GROUP];
-        let mut lefts = [[_mm512_setzero_si512(); 2]; GROUP];
-        for at in (run..row_bytes.min(run + QUINTUPLES_AT_ONCE)).step_by(64) {
+    for run in (0..row_bytes).step_by(BYTES_AT_ONCE) {
+        let mut sums = [[_mm512_setzero_si512(); 4]; GROUP];
+        for at in (run..row_bytes.min(run + BYTES_AT_ONCE)).step_by(64) {
             // SAFETY: the planes are padded to whole registers.
-            let q: [__m512i; QUINTUPLES] = std::array::from_fn(|plane| unsafe {
+            let q: [__m512i; PLANES] = std::array::from_fn(|plane| unsafe {
                 _mm512_loadu_si512(planes.as_ptr().wrapping_add(plane * stride + at).cast())
             });
             let there = match row_bytes - at {
                 64.. => u64::MAX,
                 left => (1 << left) - 1,
             };
-            for i in 0..GROUP {
+            for (i, sums) in sums.iter_mut().enumerate() {
                 _mm_prefetch::<_MM_HINT_T0>(group.next[i].wrapping_add(at).cast());
                 _mm_prefetch::<_MM_HINT_T1>(group.ahead[i].wrapping_add(at).cast());
                 let row = group.starts[i].wrapping_add(at);
                 // SAFETY: only bytes of the row are read.
-                let mut byte = unsafe { _mm512_maskz_loadu_epi8(there, row.cast()) };
+                let mut bytes = unsafe { _mm512_maskz_loadu_epi8(there, row.cast()) };
                 for (plane, q) in q.into_iter().enumerate() {
-                    let chain = plane % 2;
-                    bytes[i][chain] = _mm512_dpbusd_epi32(bytes[i][chain], byte, q);
-                    byte = threefold(byte);
-                    lefts[i][chain] = _mm512_dpbusd_epi32(lefts[i][chain], byte, q);
+                    match PLANES {
+                        // Of the bytes and of what is left of them, in two chains.
+                        QUINTUPLES => {
+                            let chain = plane % 2 * 2;
+                            sums[chain] = _mm512_dpbusd_epi32(sums[chain], bytes, q);
+                            bytes = threefold(bytes);
+                            sums[chain + 1] = _mm512_dpbusd_epi32(sums[chain + 1], bytes, q);
+                        }
+                        // Of each plane, whose codes are taken times `4^plane`, as they lie.
+                        _ => {
+                            let codes = _mm512_and_si512(bytes, masks[plane]);
+                            sums[plane] = _mm512_dpbusd_epi32(sums[plane], codes, q);
+                        }
+                    }
                 }
             }
         }
-        for ((total, bytes), lefts) in totals.iter_mut().zip(bytes).zip(lefts) {
-            let bytes = _mm512_add_epi32(bytes[0], bytes[1]);
-            let lefts = _mm512_add_epi32(lefts[0], lefts[1]);
-            *total = _mm512_add_epi32(*total, sum_of_codes(bytes, lefts));
+        for (total, [a, b, c, d]) in totals.iter_mut().zip(sums) {
+            let sum = match PLANES {
+                QUINTUPLES => sum_of_codes(_mm512_add_epi32(a, c), _mm512_add_epi32(b, d)),
+                _ => {
+                    let (b, c) = (_mm512_srai_epi32::<2>(b), _mm512_srai_epi32::<4>(c));
+                    let d = _mm512_srai_epi32::<6>(d);
+                    _mm512_add_epi32(_mm512_add_epi32(a, b), _mm512_add_epi32(c, d))
+                }
+            };
+            *total = _mm512_add_epi32(*total, sum);
         }
     }
     totals
 }
 
-/// Bytes of a row whose products a lane sums before it turns them into a sum of products of codes: 256
-/// times that, at most `256 * 2 * 128` for each of five planes of 4 bytes per register, fits 31 bits.
-const QUINTUPLES_AT_ONCE: usize = 1024 * 64;
+/// Bytes of a row whose products a lane sums before they become sums of products of codes. Four per register
+/// and plane, each at most `2 * 128` for a code, fit 31 bits times 64, of the last plane of two bits, and
+/// all five planes together times 256, of quintuples.
+const BYTES_AT_ONCE: usize = 1024 * 64;
 
 /// Three times each byte, of which eight bits are kept. Of intrinsics alone the compiler would make
 /// multiplications by 9, 27 and 81, which take more instructions.
@@ -178,7 +152,8 @@ fn threefold(x: __m512i) -> __m512i {
     sum
 }
 
-/// Sums of products of codes from those of the bytes and of what is left of these in the next plane.
+/// Sums of products of codes of quintuples: three times those of the bytes less those of what is left of
+/// these in the next plane is 256 times as much (see [`bitnet_quant::packing::tile::runs`]).
 #[inline]
 #[target_feature(enable = "avx512f")]
 fn sum_of_codes(bytes: __m512i, lefts: __m512i) -> __m512i {
@@ -187,7 +162,7 @@ fn sum_of_codes(bytes: __m512i, lefts: __m512i) -> __m512i {
 }
 
 /// Columns whose products are summed in registers before the next line of the sums: 20 kB of columns
-/// for 2560 rows, which stay in the first-level cache.
+/// of 2560 rows in two bits, which stay in the first-level cache.
 const COLUMNS: usize = AHEAD;
 
 /// Columns whose bytes vpdpbusd multiplies at once.
@@ -265,10 +240,9 @@ unsafe fn add_two_bits(
     let (starts, _) = starts.as_chunks::<QUAD>();
     let (ahead, _) = ahead.as_chunks::<QUAD>();
     for ((starts, ahead), values) in starts.iter().zip(ahead).zip(values) {
-        ahead.iter().for_each(|ahead| prefetch_second(ahead.wrapping_add(at)));
         // SAFETY: a line of each of these columns.
-        let mut codes = unsafe { interleaved(starts, at) };
-        let four = _mm512_set1_epi32(i32::from_ne_bytes(values.map(|value| value as u8)));
+        let mut codes = unsafe { interleaved(starts, ahead, at) };
+        let four = four(values);
         for sums in &mut sums {
             for (codes, sum) in codes.iter_mut().zip(sums) {
                 *sum = _mm512_dpbusd_epi32(*sum, _mm512_and_si512(*codes, mask), four);
@@ -285,7 +259,7 @@ unsafe fn add_two_bits(
     }
 }
 
-/// As [`add_two_bits`], for quintuples (see [`quintuple_sums`]).
+/// As [`add_two_bits`], for quintuples (see [`sum_of_codes`]).
 ///
 /// # Safety
 /// As for [`add_two_bits`].
@@ -303,10 +277,9 @@ unsafe fn add_quintuples(
     let (starts, _) = starts.as_chunks::<QUAD>();
     let (ahead, _) = ahead.as_chunks::<QUAD>();
     for ((starts, ahead), values) in starts.iter().zip(ahead).zip(values) {
-        ahead.iter().for_each(|ahead| prefetch_second(ahead.wrapping_add(at)));
-        let four = _mm512_set1_epi32(i32::from_ne_bytes(values.map(|value| value as u8)));
+        let four = four(values);
         // SAFETY: a line of each of these columns.
-        for (i, mut left) in unsafe { interleaved(starts, at) }.into_iter().enumerate() {
+        for (i, mut left) in unsafe { interleaved(starts, ahead, at) }.into_iter().enumerate() {
             for sums in &mut lefts {
                 sums[i] = _mm512_dpbusd_epi32(sums[i], left, four);
                 left = threefold(left);
@@ -324,13 +297,25 @@ unsafe fn add_quintuples(
     }
 }
 
-/// The bytes of a line of four columns, interleaved.
+/// What four columns are multiplied with, in every lane.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn four(values: &[i8; QUAD]) -> __m512i {
+    _mm512_set1_epi32(i32::from_ne_bytes(values.map(|value| value as u8)))
+}
+
+/// The bytes of a line of four columns, interleaved; and asks memory for that line of those `ahead`.
 ///
 /// # Safety
 /// There are 64 bytes from `at` of each column.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn interleaved(columns: &[*const u8; QUAD], at: usize) -> [__m512i; 4] {
+unsafe fn interleaved(
+    columns: &[*const u8; QUAD],
+    ahead: &[*const u8; QUAD],
+    at: usize,
+) -> [__m512i; 4] {
+    ahead.iter().for_each(|ahead| prefetch_second(ahead.wrapping_add(at)));
     let [a, b, c, d] = columns.map(|column| {
         // SAFETY: the contract of this function.
         unsafe { _mm512_loadu_si512(column.wrapping_add(at).cast()) }

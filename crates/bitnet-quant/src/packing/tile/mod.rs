@@ -133,6 +133,12 @@ pub struct Reader {
     pub compact: bool,
 }
 
+/// Whether an output is made of one sum of integers. Only such sums, which may be taken in any order, can
+/// leave zeros out, and only they are taken from [compact](Reader::compact) layouts.
+pub fn sums_exactly(scale: &WeightScale, precision: ActivationPrecision) -> bool {
+    precision == ActivationPrecision::Int8 && !matches!(scale, WeightScale::Groups { .. })
+}
+
 /// Lays a matrix out for its use and its reader, starting on a cache line.
 ///
 /// # Errors
@@ -144,9 +150,7 @@ pub fn tiled(
     reader: Reader,
 ) -> Result<TiledMatrix, Error> {
     let (rows, cols) = (matrix.rows(), matrix.cols());
-    // Only sums of integers, which may be taken in any order, can leave zeros out.
-    let exact = precision == ActivationPrecision::Int8
-        && !matches!(matrix.scale(), WeightScale::Groups { .. });
+    let exact = sums_exactly(matrix.scale(), precision);
     let codes = if reader.compact { RunCodes::Quintuples } else { RunCodes::TwoBits };
     let layout = match usage {
         LinearUse::SparseOutputs if exact => TileLayout::Rows(codes),
