@@ -74,7 +74,7 @@ attention        4 heads of 64, 2 key/value heads
 rope             theta 10000
 vocabulary       2048 tokens
 context          512 tokens
-ternary weights  2 359 296, 590 kB in memory
+ternary weights  2 359 296, 590 kB at two bits each
 stored as        28 x packed 2-bit
 linear input     int8
 embedding        BF16, 1.05 MB

@@ -50,7 +50,7 @@ struct Info {
     ternary_weights: u64,
     /// Element types of the linear layers in the file, with their number.
     stored_as: String,
-    /// Their size in memory, two bits each.
+    /// Their size at two bits each.
     packed_bytes: u64,
     embedding: TableInfo,
     /// `None` where the embedding serves as the head.
@@ -185,7 +185,7 @@ impl Info {
             (
                 "ternary weights",
                 format!(
-                    "{}, {} in memory",
+                    "{}, {} at two bits each",
                     grouped(self.ternary_weights),
                     human_bytes(self.packed_bytes)
                 ),
