@@ -32,8 +32,18 @@ fn json_has_the_machine_and_a_row_for_each_test() {
             assert!(row[name].as_f64().unwrap() > 0.0, "{name}");
         }
         // Nobody asked for ceilings.
-        for name in ["mac_ceiling_share", "read_ceiling_share"] {
+        for name in ["mac_ceiling_share", "read_ceiling_share", "beyond_read_share"] {
             assert!(row[name].is_null(), "{name}");
+        }
+        // What is deeper is held against the same at the start of a context.
+        let name = row["test"].as_str().unwrap();
+        match name.strip_suffix("@20") {
+            None => assert!(row["beyond"].is_null() && row["beyond_ms"].is_null(), "{row}"),
+            Some(shallow) => {
+                assert_eq!(row["beyond"], shallow);
+                assert!(row["beyond_kv_bytes"].as_f64().unwrap() > 0.0, "{row}");
+                assert!(row["beyond_ms"].is_number(), "{row}");
+            }
         }
         assert!(row["ternary_macs_per_token"].as_f64().unwrap() <= 2_359_296.0);
     }
@@ -58,10 +68,12 @@ fn csv_and_markdown_have_the_same_cells_in_every_line() {
 
 #[test]
 fn the_table_fits_a_terminal() {
-    let table = stdout_of(&with(&["-d", "100", "-b", "2"]));
+    let table = stdout_of(&with(&["-d", "64,400", "-b", "2", "--ceilings"]));
     assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    for text in ["read beside the tests: ", "shares are of ", "depth ", "tg3x2@64 "] {
+        assert!(table.contains(text), "{text}: {table}");
+    }
     assert!(table.contains("gates at zero: "), "{table}");
-    assert!(table.contains("tg3x2@100"), "{table}");
 }
 
 #[test]

@@ -2,6 +2,7 @@
 //! a bit of a result.
 
 use std::iter::Sum;
+use std::ops::Sub;
 use std::str::FromStr;
 
 /// Which exact shortcuts may be taken.
@@ -97,6 +98,22 @@ pub struct ShortcutCounts {
     pub head_rows: u64,
     /// Of those, rows that could still win and were computed in full.
     pub head_rows_rescored: u64,
+}
+
+/// What was counted since an earlier reading.
+impl Sub for ShortcutCounts {
+    type Output = Self;
+
+    fn sub(self, earlier: Self) -> Self {
+        ShortcutCounts {
+            up_rows: self.up_rows - earlier.up_rows,
+            up_rows_skipped: self.up_rows_skipped - earlier.up_rows_skipped,
+            down_columns: self.down_columns - earlier.down_columns,
+            down_columns_skipped: self.down_columns_skipped - earlier.down_columns_skipped,
+            head_rows: self.head_rows - earlier.head_rows,
+            head_rows_rescored: self.head_rows_rescored - earlier.head_rows_rescored,
+        }
+    }
 }
 
 impl Sum for ShortcutCounts {

@@ -27,6 +27,9 @@ const LOOP_SECONDS: f64 = 0.002;
 /// Passes over memory, besides the first.
 const READ_PASSES: usize = 32;
 
+/// Passes over memory of [`ReadRate`], besides the first.
+const QUICK_READ_PASSES: usize = 4;
+
 /// Bytes of one pass over memory; the next pass reads the bytes behind them.
 const WINDOW_BYTES: usize = 256 << 20;
 
@@ -100,6 +103,38 @@ impl Ceilings {
     }
 }
 
+/// What memory gives to so many threads, measured again and again beside other work: on a machine that is
+/// shared, it may be another rate a second later.
+pub struct ReadRate {
+    buffer: MmapMut,
+    threads: usize,
+}
+
+impl ReadRate {
+    /// Takes 256 MiB of memory, in huge pages where there are.
+    ///
+    /// # Errors
+    /// If that is not there.
+    ///
+    /// # Panics
+    /// If `threads` is 0.
+    pub fn new(threads: usize) -> Result<Self, Error> {
+        assert!(threads > 0);
+        let (what, needed) = ("measuring the read bandwidth", WINDOW_BYTES as u64);
+        budget::require(what, needed)?;
+        let buffer = Pages::Huge.buffer(WINDOW_BYTES).or_else(|| Pages::Plain.buffer(WINDOW_BYTES));
+        let available = budget::available_memory().unwrap_or(0);
+        let buffer =
+            buffer.ok_or_else(|| Error::Memory { what: what.to_owned(), needed, available })?;
+        Ok(ReadRate { buffer, threads })
+    }
+
+    /// 10^9 bytes per second now: the best of a few passes, which take less than a tenth of a second.
+    pub fn measure(&self) -> f64 {
+        read(&self.buffer, self.threads, QUICK_READ_PASSES)
+    }
+}
+
 /// The time of `work`, of the best pass, from when all threads are ready to when the last is done.
 fn best_pass(threads: usize, passes: usize, work: impl Fn(usize, usize) + Sync) -> Duration {
     let (ready, done) = (Barrier::new(threads), Barrier::new(threads));
@@ -156,14 +191,17 @@ fn reads(threads: usize, buffer_bytes: usize, file_bytes: usize) -> Result<Vec<R
     let mut rates = Vec::new();
     for pages in [Pages::Huge, Pages::Plain] {
         if let Some(buffer) = pages.buffer(bytes) {
-            rates.push(Rate { name: pages.name().to_owned(), giga_per_s: read(&buffer, threads) });
+            rates.push(Rate {
+                name: pages.name().to_owned(),
+                giga_per_s: read(&buffer, threads, READ_PASSES),
+            });
         }
     }
     // A folder that cannot be written to, or a full disk, is no reason to give nothing at all.
     if let Some(file) = TemporaryFile::new(file_bytes.min(bytes))
         && let Ok(contents) = map_file(&file.0)
     {
-        let giga_per_s = read(&contents, threads);
+        let giga_per_s = read(&contents, threads, READ_PASSES);
         rates.push(Rate { name: "mapped file".to_owned(), giga_per_s });
     }
     if rates.is_empty() {
@@ -222,11 +260,11 @@ impl Pages {
 }
 
 /// 10^9 bytes per second with each thread reading its own part of a window.
-fn read(bytes: &[u8], threads: usize) -> f64 {
+fn read(bytes: &[u8], threads: usize, passes: usize) -> f64 {
     let window = WINDOW_BYTES.min(bytes.len());
     let windows: Vec<&[u8]> = bytes.chunks_exact(window).collect();
     let part = window / threads;
-    let time = best_pass(threads, READ_PASSES, |thread, pass| {
+    let time = best_pass(threads, passes, |thread, pass| {
         let part = &windows[pass % windows.len()][thread * part..(thread + 1) * part];
         std::hint::black_box(sum(std::hint::black_box(part)));
     });
@@ -282,6 +320,12 @@ mod tests {
         assert!(ceilings.clock_ghz.is_none_or(|ghz| ghz.is_finite() && ghz > 0.0));
         let best = ceilings.read.iter().map(|rate| rate.giga_per_s).fold(0.0, f64::max);
         assert_eq!(ceilings.gb_per_s(), best);
+    }
+
+    #[test]
+    fn the_rate_of_reading_is_measured_again_and_again() {
+        let reads = ReadRate::new(2).unwrap();
+        assert!((0..2).all(|_| reads.measure().is_finite() && reads.measure() > 0.0));
     }
 
     #[test]

@@ -75,9 +75,11 @@ fn main() {
         between.count() as f64 / (end - start).as_secs_f64()
     };
     let test = Test { kind: Kind::Decode, tokens, depth: decoded.len(), batch: 1 };
-    let mut sequences = bench.sequences(1, test.depth + tokens).expect("room");
-    bench.fill(&mut sequences, test.depth).expect("a context");
-    let mut bare = || bench.run(test, &mut sequences, 1).expect("tokens").tokens_per_s().0;
+    let mut sequences = bench.sequences(&[test]).expect("a context");
+    let mut bare = || {
+        let measurements = bench.run(&[test], &mut sequences, 1, None, |_| {}).expect("tokens");
+        measurements[0].tokens_per_s().0
+    };
     // Milliseconds to the first token.
     let first_token = |prompt: &[u32]| {
         let (start, mut stream) = submit(prompt, 1);

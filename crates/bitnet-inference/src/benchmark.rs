@@ -298,26 +298,25 @@ pub fn benchmark(model: &str, prompt: &str, iterations: usize) -> Result<Benchma
 /// Times of one token of the built-in model after [`CONTEXT`] others.
 fn single_token(threads: usize) -> Result<Percentiles, Error> {
     let bench = Bench::load(&Weights::of_model("tiny")?, threads, KvType::F32)?;
-    let mut sequences = bench.sequences(1, CONTEXT + 1)?;
-    bench.fill(&mut sequences, CONTEXT)?;
-    let test = Test { kind: Kind::Decode, tokens: 1, depth: CONTEXT, batch: 1 };
-    Ok(Percentiles::of(bench.run(test, &mut sequences, SINGLE_TOKENS)?.times))
+    let tests = [Test { kind: Kind::Decode, tokens: 1, depth: CONTEXT, batch: 1 }];
+    let mut sequences = bench.sequences(&tests)?;
+    let measurements = bench.run(&tests, &mut sequences, SINGLE_TOKENS, None, |_| {})?;
+    Ok(Percentiles::of(measurements.into_iter().flat_map(|of| of.times).collect()))
 }
 
 /// Prefill and decode of the decoder alone.
 fn shares(model: &str, threads: usize, ceilings: &Ceilings) -> Result<[Shares; 2], Error> {
     let bench = Bench::load(&Weights::of_model(model)?, threads, KvType::F32)?;
-    let run = |kind, tokens| {
-        let mut sequences = bench.sequences(1, tokens)?;
-        let test = Test { kind, tokens, depth: 0, batch: 1 };
-        let measurement = bench.run(test, &mut sequences, REPETITIONS)?;
-        Ok::<_, Error>(Shares {
-            tokens_per_s: measurement.tokens_per_s().0,
-            multiply_adds: measurement.gmac_per_s() / ceilings.gmac_per_s(),
-            read: measurement.gb_per_s() / ceilings.gb_per_s(),
-        })
-    };
-    Ok([run(Kind::Prefill, 2 * TOKENS)?, run(Kind::Decode, TOKENS)?])
+    let of = |kind, tokens| Test { kind, tokens, depth: 0, batch: 1 };
+    let tests = [of(Kind::Prefill, 2 * TOKENS), of(Kind::Decode, TOKENS)];
+    let mut sequences = bench.sequences(&tests)?;
+    let measurements = bench.run(&tests, &mut sequences, REPETITIONS, None, |_| {})?;
+    let shares = measurements.iter().map(|measurement| Shares {
+        tokens_per_s: measurement.tokens_per_s().0,
+        multiply_adds: measurement.gmac_per_s() / ceilings.gmac_per_s(),
+        read: measurement.gb_per_s() / ceilings.gb_per_s(),
+    });
+    Ok(shares.collect::<Vec<_>>().try_into().expect("a measurement of each test"))
 }
 
 #[cfg(test)]

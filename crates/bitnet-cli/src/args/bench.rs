@@ -10,10 +10,10 @@ use super::{KvTypeChoice, ModelName, threads};
 #[command(after_help = "\
 pp512 reads a prompt of 512 tokens up to the first token after it, tg128
 generates 128 tokens greedily, tg128x4@1000 does so for 4 sequences at once
-that hold 1000 tokens each. Every test runs once to warm up and then --reps
-times. What the columns mean is in docs/performance.md. --ops measures single
-operations on weights that stay in the cache, --grade what a user of the
-model meets, with marks from A+ to D.
+that hold 1000 tokens each. Every test runs once to warm up, then all of them
+in turn, --reps times. What the columns mean is in docs/performance.md. --ops
+measures single operations on weights that stay in the cache, --grade what a
+user of the model meets, with marks from A+ to D.
 
 --compare shows the speeds beside those of an earlier run, test by test, and
 flags those that are more than 5 % slower.

@@ -1,8 +1,8 @@
 //! Measures how fast a model reads and writes: the times, and the work that they are held against.
 //!
 //! A [`Test`] is a prefill or a decode of some tokens, by some sequences at once, after a context
-//! that is already filled. [`Bench::run`] does it once unmeasured and then as often as asked, and
-//! counts the multiply-adds and the bytes of the very steps it took.
+//! that is already filled. [`Bench::run`] does each of its tests once unmeasured and then all of them in
+//! turn, as often as asked, and counts the multiply-adds and the bytes of the very steps it took.
 
 mod operations;
 mod work;
@@ -14,6 +14,7 @@ use std::time::{Duration, Instant};
 use bitnet_core::backend::{Activation, Backend, KvType, Span};
 use bitnet_core::{Candidate, Keep, Pick, ShortcutCounts, Shortcuts};
 use bitnet_cpu::CpuBackend;
+use bitnet_cpu::ceilings::ReadRate;
 use bitnet_model::config::ModelConfig;
 use bitnet_model::decoder::{Decoder, Kv, Step, Workspace};
 use bitnet_model::formats::Tensors;
@@ -83,8 +84,11 @@ impl Weights {
 pub struct Measurement {
     /// What was measured.
     pub test: Test,
-    /// Time of each repetition, the shortest first.
+    /// Time of each repetition, in the order of the rounds.
     pub times: Vec<Duration>,
+    /// What memory gave right before and after each repetition, in their mean, in 10^9 bytes per second; empty
+    /// where that was not asked for.
+    pub read_rates: Vec<f64>,
     /// What shortcuts left out.
     pub savings: Savings,
     /// Work per token.
@@ -95,9 +99,14 @@ impl Measurement {
     /// Tokens per second, of all sequences together: the median (of an even number of repetitions,
     /// the slower of the middle two), the slowest and the fastest.
     pub fn tokens_per_s(&self) -> (f64, f64, f64) {
-        let speed = |time: &Duration| self.test.all_tokens() as f64 / time.as_secs_f64();
-        let (first, last) = (&self.times[0], &self.times[self.times.len() - 1]);
-        (speed(&self.times[self.times.len() / 2]), speed(last), speed(first))
+        let speeds = sorted(self.seconds_per_token().map(|seconds| 1.0 / seconds));
+        (lower_median(&speeds), speeds[0], speeds[speeds.len() - 1])
+    }
+
+    /// Of each repetition, for each token of any sequence.
+    fn seconds_per_token(&self) -> impl Iterator<Item = f64> {
+        let tokens = self.test.all_tokens() as f64;
+        self.times.iter().map(move |time| time.as_secs_f64() / tokens)
     }
 
     /// 10^9 ternary multiply-adds per second, at the median.
@@ -109,6 +118,58 @@ impl Measurement {
     pub fn gb_per_s(&self) -> f64 {
         self.tokens_per_s().0 * self.work.bytes() / 1e9
     }
+
+    /// Bytes read, as a share of what memory gave at the time: the median of the repetitions. `None`
+    /// where that was not measured.
+    pub fn read_share(&self) -> Option<f64> {
+        let rates = self.seconds_per_token().zip(&self.read_rates);
+        let shares =
+            sorted(rates.map(|(seconds, rate)| self.work.bytes() / seconds / (1e9 * rate)));
+        (!shares.is_empty()).then(|| lower_median(&shares))
+    }
+
+    /// What the deeper context of this test cost beyond that of another, which was measured in the same
+    /// rounds.
+    pub fn beyond(&self, other: &Measurement) -> Deeper {
+        let kv_bytes = self.work.kv_bytes - other.work.kv_bytes;
+        let rounds = self.seconds_per_token().zip(other.seconds_per_token());
+        let more: Vec<f64> = rounds.map(|(this, other)| this - other).collect();
+        let rates = self.read_rates.iter().zip(&other.read_rates);
+        let shares = sorted(rates.zip(&more).map(|((this, other), seconds)| {
+            // What takes no time reads faster than anything.
+            let rate = 1e9 * (this + other) / 2.0;
+            if *seconds > 0.0 { kv_bytes / seconds / rate } else { f64::INFINITY }
+        }));
+        let more = sorted(more.into_iter());
+        Deeper {
+            seconds: more[more.len() / 2],
+            kv_bytes,
+            read_share: (!shares.is_empty()).then(|| lower_median(&shares)),
+        }
+    }
+}
+
+/// What a deeper context costs, per token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Deeper {
+    /// Seconds more: the median of the rounds.
+    pub seconds: f64,
+    /// Bytes of keys and values more.
+    pub kv_bytes: f64,
+    /// The rate at which that time reads those bytes, as a share of what memory gave at the time: the median
+    /// of the rounds. `None` where that was not measured.
+    pub read_share: Option<f64>,
+}
+
+fn sorted(values: impl Iterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
+
+/// The median of sorted values; of an even number the lower of the middle two.
+fn lower_median(sorted: &[f64]) -> f64 {
+    sorted[(sorted.len() - 1) / 2]
 }
 
 /// A loaded model that is measured.
@@ -167,106 +228,145 @@ impl<B: Backend> Bench<B> {
             return Ok(None);
         }
         let rows = GATE_TOKENS.min(self.decoder.config().context_length);
-        let mut sequences = self.sequences(1, rows)?;
+        let test = Test { kind: Kind::Prefill, tokens: rows, depth: 0, batch: 1 };
+        let Sequences { mut kv, mut workspace, free, .. } = self.sequences(&[test])?;
         let tokens: Vec<u32> = (0..rows).map(|i| self.token(0, i)).collect();
-        let Sequences { kv, workspace, tables } = &mut sequences;
-        let spans = [Span { rows: 0..rows, position: 0, blocks: &tables[0] }];
+        let spans = [Span { rows: 0..rows, position: 0, blocks: &free[0] }];
         let step = Step { tokens: &tokens, spans: &spans };
-        Ok(Some(self.decoder.closed_gates(&step, kv, workspace)?))
+        Ok(Some(self.decoder.closed_gates(&step, &mut kv, &mut workspace)?))
     }
 
-    /// Room for sequences of so many tokens each.
+    /// Sequences for some tests, filled to the greatest of their depths, all with the same tokens.
     ///
     /// # Errors
-    /// If they do not fit the model's context, or the memory.
-    pub fn sequences(&self, batch: usize, tokens: usize) -> Result<Sequences<B>, Error> {
+    /// If they do not fit the model's context, or the memory, or the device is lost.
+    pub fn sequences(&self, tests: &[Test]) -> Result<Sequences<B>, Error> {
+        let most = |of: fn(&Test) -> usize| tests.iter().map(of).max().unwrap_or(0);
+        let (batch, depth) = (most(|test| test.batch), most(|test| test.depth));
+        let length = most(|test| test.depth + test.tokens);
         let context_length = self.decoder.config().context_length;
-        if tokens > context_length {
-            return Err(Error::ContextExceeded { length: tokens, context_length });
+        if length > context_length {
+            return Err(Error::ContextExceeded { length, context_length });
         }
-        let blocks = tokens.div_ceil(BLOCK_TOKENS);
+        // A test writes to the free blocks: its first is a copy of the one that its depth ends in.
+        let filled = depth.div_ceil(BLOCK_TOKENS);
+        let free = most(|test| (test.depth % BLOCK_TOKENS + test.tokens).div_ceil(BLOCK_TOKENS));
+        let blocks = filled + free;
         let layout = self.decoder.kv_layout(self.kv_type, BLOCK_TOKENS);
         bitnet_core::budget::require(
-            &format!("a context of {tokens} tokens for each of {batch} sequences"),
+            &format!("a context of {length} tokens for each of {batch} sequences"),
             (layout.block_bytes() as u64).saturating_mul((blocks * batch) as u64),
         )?;
-        let table = |sequence: usize| {
-            let first = (sequence * blocks) as u32;
-            (first..first + blocks as u32).collect()
+        let tables = |offset: usize, len: usize| -> Vec<Vec<u32>> {
+            let first = |sequence| (sequence * blocks + offset) as u32;
+            (0..batch).map(|i| (first(i)..first(i) + len as u32).collect()).collect()
         };
-        Ok(Sequences {
+        let mut sequences = Sequences {
             kv: self.decoder.kv_allocate(layout, blocks * batch)?,
             workspace: self.decoder.workspace(DEFAULT_CHUNK.max(batch), batch)?,
-            tables: (0..batch).map(table).collect(),
-        })
+            filled: tables(0, filled),
+            free: tables(filled, free),
+        };
+        if depth > 0 {
+            self.fill(&mut sequences, depth)?;
+        }
+        Ok(sequences)
     }
 
-    /// Fills the first `depth` tokens of all sequences, all with the same.
-    ///
-    /// # Errors
-    /// If the device is lost.
-    pub fn fill(&self, sequences: &mut Sequences<B>, depth: usize) -> Result<(), Error> {
-        if depth == 0 {
-            return Ok(());
-        }
+    /// Fills the first `depth` tokens of all sequences.
+    fn fill(&self, sequences: &mut Sequences<B>, depth: usize) -> Result<(), Error> {
         let test = Test { kind: Kind::Prefill, tokens: depth, depth: 0, batch: 1 };
+        let tables = sequences.filled.clone();
         for mut step in test.steps() {
             step.picks.clear();
-            self.step(&step, sequences, &mut Generated::new(1)?, Kind::Prefill)?;
+            let generated = &mut Generated::new(1)?;
+            self.step(&step, sequences, &tables, generated, Kind::Prefill)?;
         }
-        let used = depth.div_ceil(BLOCK_TOKENS);
-        let (first, others) = sequences.tables.split_first().expect("there is a sequence");
+        let (first, others) = tables.split_first().expect("there is a sequence");
         let pairs: Vec<(u32, u32)> = others
             .iter()
-            .flat_map(|table| first.iter().copied().zip(table.iter().copied()).take(used))
+            .flat_map(|table| first.iter().copied().zip(table.iter().copied()))
             .collect();
         self.decoder.kv_copy(&mut sequences.kv, &pairs);
         Ok(())
     }
 
-    /// Does a test once to warm up, then `repetitions` times by the clock. The sequences must be
-    /// filled to its depth and are so again after it.
+    /// Does each test once to warm up, then all of them in turn by the clock, in so many rounds, so that
+    /// what slows the machine for a while does not meet one of them alone. With `reads`, what memory
+    /// gives is measured between them. `progress` is told the number of each round before it begins.
+    /// Measurements are in the order of the tests.
     ///
     /// # Errors
     /// If the device is lost, or the model gives no usable logits.
     ///
     /// # Panics
-    /// If there are no repetitions, or the sequences lack the room for the test.
+    /// If there are no rounds, or the sequences were not made for these tests.
     pub fn run(
+        &self,
+        tests: &[Test],
+        sequences: &mut Sequences<B>,
+        rounds: usize,
+        reads: Option<&ReadRate>,
+        mut progress: impl FnMut(usize),
+    ) -> Result<Vec<Measurement>, Error> {
+        assert!(rounds > 0);
+        for &test in tests {
+            let warm_up = match test.kind {
+                Kind::Prefill => test,
+                Kind::Decode => Test { tokens: test.tokens.min(WARM_UP_TOKENS), ..test },
+            };
+            self.once(warm_up, sequences)?;
+        }
+        let mut times = vec![Vec::with_capacity(rounds); tests.len()];
+        let mut read_rates = vec![Vec::new(); tests.len()];
+        let mut counts = vec![Vec::with_capacity(rounds); tests.len()];
+        for round in 0..rounds {
+            progress(round);
+            let mut before = reads.map(ReadRate::measure);
+            for (i, &test) in tests.iter().enumerate() {
+                let counted = self.decoder.backend().shortcut_counts();
+                times[i].push(self.once(test, sequences)?.0);
+                counts[i].push(self.decoder.backend().shortcut_counts() - counted);
+                let after = reads.map(ReadRate::measure);
+                read_rates[i]
+                    .extend(before.zip(after).map(|(before, after)| (before + after) / 2.0));
+                before = after;
+            }
+        }
+        let all = tests.iter().zip(counts).zip(times.into_iter().zip(read_rates));
+        let measurements = all.map(|((&test, counts), (times, read_rates))| {
+            let counts: ShortcutCounts = counts.into_iter().sum();
+            let savings = self.costs.savings(&counts, &test, rounds);
+            let work = self.costs.work(&test, &savings);
+            Measurement { test, times, read_rates, savings, work }
+        });
+        Ok(measurements.collect())
+    }
+
+    /// The time of a test, and the tokens that it chose last.
+    fn once(
         &self,
         test: Test,
         sequences: &mut Sequences<B>,
-        repetitions: usize,
-    ) -> Result<Measurement, Error> {
-        assert!(repetitions > 0);
-        let warm_up = match test.kind {
-            Kind::Prefill => test,
-            Kind::Decode => Test { tokens: test.tokens.min(WARM_UP_TOKENS), ..test },
-        };
-        self.once(warm_up, sequences)?;
-        let before = self.decoder.backend().shortcut_counts();
-        let mut times = Vec::with_capacity(repetitions);
-        for _ in 0..repetitions {
-            times.push(self.once(test, sequences)?);
-        }
-        let after = self.decoder.backend().shortcut_counts();
-        times.sort();
-        let counts = difference(&after, &before);
-        let savings = self.costs.savings(&counts, &test, repetitions);
-        Ok(Measurement { test, times, savings, work: self.costs.work(&test, &savings) })
-    }
-
-    fn once(&self, test: Test, sequences: &mut Sequences<B>) -> Result<Duration, Error> {
+    ) -> Result<(Duration, Vec<u32>), Error> {
         let steps = test.steps();
+        let whole = test.depth / BLOCK_TOKENS;
+        let places = sequences.filled.iter().zip(&sequences.free).take(test.batch);
+        let table = |(filled, free): (&Vec<u32>, &Vec<u32>)| [&filled[..whole], free].concat();
+        let tables: Vec<Vec<u32>> = places.clone().map(table).collect();
+        if !test.depth.is_multiple_of(BLOCK_TOKENS) {
+            let pairs: Vec<_> = places.map(|(filled, free)| (filled[whole], free[0])).collect();
+            self.decoder.kv_copy(&mut sequences.kv, &pairs);
+        }
         let mut generated = Generated::new(test.batch)?;
         for (sequence, token) in generated.tokens.iter_mut().enumerate() {
             *token = self.token(sequence, test.depth);
         }
         let start = Instant::now();
         for step in &steps {
-            self.step(step, sequences, &mut generated, test.kind)?;
+            self.step(step, sequences, &tables, &mut generated, test.kind)?;
         }
-        Ok(start.elapsed())
+        Ok((start.elapsed(), generated.tokens))
     }
 
     /// One step, and the next tokens of the rows whose logits it makes.
@@ -274,10 +374,11 @@ impl<B: Backend> Bench<B> {
         &self,
         step: &PlannedStep,
         sequences: &mut Sequences<B>,
+        tables: &[Vec<u32>],
         generated: &mut Generated,
         kind: Kind,
     ) -> Result<(), Error> {
-        let Sequences { kv, workspace, tables } = sequences;
+        let Sequences { kv, workspace, .. } = sequences;
         let mut tokens = Vec::with_capacity(step.rows());
         let mut spans = Vec::with_capacity(step.spans.len());
         for (sequence, positions) in &step.spans {
@@ -309,8 +410,10 @@ impl<B: Backend> Bench<B> {
 pub struct Sequences<B: Backend> {
     kv: Kv<B>,
     workspace: Workspace<B>,
-    /// Each sequence's blocks.
-    tables: Vec<Vec<u32>>,
+    /// Each sequence's blocks that hold a context, which tests of any depth share.
+    filled: Vec<Vec<u32>>,
+    /// Each sequence's blocks for what a test adds.
+    free: Vec<Vec<u32>>,
 }
 
 /// What was generated last by each sequence.
@@ -363,13 +466,75 @@ impl Generated {
     }
 }
 
-fn difference(after: &ShortcutCounts, before: &ShortcutCounts) -> ShortcutCounts {
-    ShortcutCounts {
-        up_rows: after.up_rows - before.up_rows,
-        up_rows_skipped: after.up_rows_skipped - before.up_rows_skipped,
-        down_columns: after.down_columns - before.down_columns,
-        down_columns_skipped: after.down_columns_skipped - before.down_columns_skipped,
-        head_rows: after.head_rows - before.head_rows,
-        head_rows_rescored: after.head_rows_rescored - before.head_rows_rescored,
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tests_of_several_depths_and_batches_do_not_meet_each_other() {
+        let weights = Weights::of_model("tiny").unwrap();
+        let bench = Bench::load(&weights, 1, KvType::F32).unwrap();
+        let of = |kind, tokens, depth, batch| Test { kind, tokens, depth, batch };
+        let (prefill, decode) = (Kind::Prefill, Kind::Decode);
+        let tests = [
+            of(decode, 70, 0, 1),
+            of(decode, 3, 20, 2),
+            of(prefill, 50, 64, 1),
+            of(decode, 5, 130, 3),
+            of(prefill, 9, 100, 2),
+        ];
+        let mut shared = bench.sequences(&tests).unwrap();
+        for test in tests.iter().chain(tests.iter().rev()) {
+            let mut own = bench.sequences(&[*test]).unwrap();
+            let alone = bench.once(*test, &mut own).unwrap().1;
+            assert_eq!(bench.once(*test, &mut shared).unwrap().1, alone, "{}", test.name());
+        }
+    }
+
+    fn measured(depth: usize, ms: &[u64], read_rates: &[f64]) -> Measurement {
+        let work = Work {
+            ternary_macs: 1e9,
+            head_macs: 0.0,
+            ternary_bytes: 3e8,
+            head_bytes: 1e8,
+            kv_bytes: 1e4 * depth as f64,
+        };
+        Measurement {
+            test: Test { kind: Kind::Decode, tokens: 2, depth, batch: 1 },
+            times: ms.iter().map(|&ms| Duration::from_millis(ms)).collect(),
+            read_rates: read_rates.to_vec(),
+            savings: Savings::default(),
+            work,
+        }
+    }
+
+    #[test]
+    fn medians_are_of_repetitions() {
+        let measurement = measured(0, &[40, 10, 20], &[]);
+        assert_eq!(measurement.tokens_per_s(), (100.0, 50.0, 200.0));
+        assert_eq!((measurement.gmac_per_s(), measurement.gb_per_s()), (100.0, 40.0));
+        assert_eq!(measurement.read_share(), None);
+        assert_eq!(measured(0, &[40, 20], &[]).tokens_per_s().0, 50.0);
+    }
+
+    #[test]
+    fn shares_are_of_what_memory_gave_beside_each_repetition() {
+        // 400 MB in 20, 10 and 5 ms are 20, 40 and 80 GB/s.
+        let measurement = measured(0, &[40, 20, 10], &[25.0, 80.0, 160.0]);
+        assert_eq!(measurement.read_share(), Some(0.5));
+    }
+
+    #[test]
+    fn a_deeper_context_is_held_against_the_same_rounds() {
+        let shallow = measured(0, &[20, 40, 20], &[50.0, 25.0, 50.0]);
+        // 40 MB more in 2, 4 and 1 ms: 20, 10 and 40 GB/s.
+        let deep = measured(4000, &[24, 48, 22], &[30.0, 15.0, 50.0]);
+        let Deeper { seconds, kv_bytes, read_share } = deep.beyond(&shallow);
+        assert!((seconds - 0.002).abs() < 1e-12 && kv_bytes == 4e7, "{seconds} {kv_bytes}");
+        assert!((read_share.unwrap() - 0.5).abs() < 1e-9, "{read_share:?}");
+        // A context that seems to take no time does not take a negative share.
+        let faster = measured(4000, &[18, 18, 18], &[30.0; 3]).beyond(&shallow);
+        assert!(faster.seconds < 0.0 && faster.read_share == Some(f64::INFINITY), "{faster:?}");
+        assert_eq!(measured(4000, &[24], &[]).beyond(&measured(0, &[20], &[])).read_share, None);
     }
 }

@@ -10,13 +10,13 @@ use std::fs;
 
 use anyhow::{Result, anyhow, bail};
 use bitnet_core::machine::physical_cores;
-use bitnet_cpu::ceilings::Ceilings;
+use bitnet_cpu::ceilings::{Ceilings, ReadRate};
 use bitnet_inference::bench::{Bench, Kind, Test, Weights};
 use bitnet_model::shapes::Shape;
 
 use super::{WrongUsage, session_options};
 use crate::args::{BenchArgs, BenchFormat};
-use crate::output::{self, Messages, number};
+use crate::output::{self, Messages};
 use compare::Earlier;
 use report::{CeilingFacts, MachineFacts, ModelFacts, Report, Row};
 
@@ -99,11 +99,11 @@ pub fn run(args: BenchArgs, messages: &Messages) -> Result<()> {
         rows: Vec::new(),
     };
     for &threads in &threads {
-        let ceilings = match args.ceilings {
-            false => None,
+        let (ceilings, reads) = match args.ceilings {
+            false => (None, None),
             true => {
                 messages.summary(&format!("measuring the ceilings of {}", count(threads)));
-                Some(Ceilings::measure(threads)?)
+                (Some(Ceilings::measure(threads)?), Some(ReadRate::new(threads)?))
             }
         };
         messages.summary(&format!("loading for {}", count(threads)));
@@ -115,35 +115,20 @@ pub fn run(args: BenchArgs, messages: &Messages) -> Result<()> {
         if report.rows.is_empty() {
             report.model.gate_sparsity = bench.gate_sparsity()?;
         }
-        let mut filled = None;
-        for &test in &tests {
-            // Tests of one depth and batch stand together and share what is filled once.
-            let place = (test.depth, test.batch);
-            let mut sequences = match filled.take() {
-                Some((at, sequences)) if at == place => sequences,
-                _ => {
-                    let same = tests.iter().filter(|other| (other.depth, other.batch) == place);
-                    let most = same.map(|other| other.depth + other.tokens).max();
-                    let most = most.expect("this test itself");
-                    let mut sequences = bench.sequences(test.batch, most)?;
-                    if test.depth > 0 {
-                        messages.summary(&format!("filling {} tokens of context", test.depth));
-                    }
-                    bench.fill(&mut sequences, test.depth)?;
-                    sequences
-                }
-            };
-            let measurement = bench.run(test, &mut sequences, usize::from(args.reps))?;
-            let row = Row::new(&measurement, threads, ceilings.as_ref());
-            messages.summary(&format!(
-                "{}, {}: {} tokens/s",
-                row.test,
-                count(threads),
-                number(row.tokens_per_s.median)
-            ));
-            report.rows.push(row);
-            filled = Some((place, sequences));
+        let depth = tests.iter().map(|test| test.depth).max().unwrap_or(0);
+        if depth > 0 {
+            messages.summary(&format!("filling {depth} tokens of context"));
         }
+        let mut sequences = bench.sequences(&tests)?;
+        let rounds = usize::from(args.reps);
+        let progress = |round| {
+            messages.summary(&format!("{}, round {} of {rounds}", count(threads), round + 1));
+        };
+        let measurements = bench.run(&tests, &mut sequences, rounds, reads.as_ref(), progress)?;
+        let rows = measurements
+            .iter()
+            .map(|measurement| Row::new(measurement, &measurements, threads, ceilings.as_ref()));
+        report.rows.extend(rows);
         report.ceilings.extend(ceilings.iter().map(CeilingFacts::new));
     }
     let mut regressions = Vec::new();
@@ -172,7 +157,7 @@ pub fn run(args: BenchArgs, messages: &Messages) -> Result<()> {
     Ok(())
 }
 
-/// What the flags ask for, tests of the same depth and batch together.
+/// What the flags ask for.
 fn tests(args: &BenchArgs, generate: &[usize]) -> Vec<Test> {
     let mut tests = Vec::new();
     for &batch in &args.batch {

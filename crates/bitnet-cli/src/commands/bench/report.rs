@@ -150,6 +150,15 @@ pub struct Row {
     pub gb_per_s: f64,
     pub mac_ceiling_share: Option<f64>,
     pub read_ceiling_share: Option<f64>,
+    /// What memory gave beside the repetitions.
+    #[serde(skip)]
+    pub read_rates: Vec<f64>,
+    /// The same test at the least depth that was measured, and what this one costs beyond it: time and bytes of
+    /// keys and values per token, and the rate of the one over the other as a share of the reads.
+    pub beyond: Option<String>,
+    pub beyond_ms: Option<f64>,
+    pub beyond_kv_bytes: Option<f64>,
+    pub beyond_read_share: Option<f64>,
     pub ternary_macs_per_token: f64,
     pub head_macs_per_token: f64,
     pub ternary_bytes_per_token: f64,
@@ -162,10 +171,20 @@ pub struct Row {
 }
 
 impl Row {
-    pub fn new(measurement: &Measurement, threads: usize, ceilings: Option<&Ceilings>) -> Self {
+    /// Of one of some measurements that were taken in turn.
+    pub fn new(
+        measurement: &Measurement,
+        all: &[Measurement],
+        threads: usize,
+        ceilings: Option<&Ceilings>,
+    ) -> Self {
         let (median, min, max) = measurement.tokens_per_s();
         let (gmac_per_s, gb_per_s) = (measurement.gmac_per_s(), measurement.gb_per_s());
-        let Measurement { test, times, savings, work } = measurement;
+        let Measurement { test, times, read_rates, savings, work } = measurement;
+        let same = |other: &&Measurement| Test { depth: test.depth, ..other.test } == *test;
+        let shallow = all.iter().filter(same).min_by_key(|other| other.test.depth);
+        let shallow = shallow.filter(|other| other.test.depth < test.depth);
+        let deeper = shallow.map(|other| measurement.beyond(other));
         Row {
             test: test.name(),
             of: *test,
@@ -179,7 +198,12 @@ impl Row {
             gmac_per_s,
             gb_per_s,
             mac_ceiling_share: ceilings.map(|c| gmac_per_s / c.gmac_per_s()),
-            read_ceiling_share: ceilings.map(|c| gb_per_s / c.gb_per_s()),
+            read_ceiling_share: measurement.read_share(),
+            read_rates: read_rates.clone(),
+            beyond: shallow.map(|other| other.test.name()),
+            beyond_ms: deeper.map(|deeper| 1e3 * deeper.seconds),
+            beyond_kv_bytes: deeper.map(|deeper| deeper.kv_bytes),
+            beyond_read_share: deeper.and_then(|deeper| deeper.read_share),
             ternary_macs_per_token: work.ternary_macs,
             head_macs_per_token: work.head_macs,
             ternary_bytes_per_token: work.ternary_bytes,
@@ -226,10 +250,18 @@ impl Report {
             lines.push(format!("ceilings of {}{clock}", count(ceilings.threads)));
             lines.push(format!("  GMAC/s: {}", rates(&ceilings.multiply_add)));
             lines.push(format!("  GB/s read: {}", rates(&ceilings.read)));
+            let of_these = self.rows.iter().filter(|row| row.threads == ceilings.threads);
+            let mut beside: Vec<f64> = of_these.flat_map(|row| row.read_rates.clone()).collect();
+            beside.sort_by(f64::total_cmp);
+            if let [least, .., most] = beside[..] {
+                let median = number(beside[beside.len() / 2]);
+                let (least, most) = (number(least), number(most));
+                lines.push(format!("  GB/s read beside the tests: {median} ({least}..{most})"));
+            }
         }
         if let Some(ceilings) = self.ceilings.first() {
             lines.push(format!(
-                "shares are of {} and of the best read",
+                "shares are of {} and of the reads beside each test",
                 ceilings.multiply_add[0].name
             ));
         }
@@ -287,6 +319,12 @@ impl Report {
         rows.extend(self.rows.iter().filter(|row| Some(row.threads) == first).map(Self::work));
         let right = [false, true, true, true, true, true, true, true, true];
         let _ = write!(text, "\n{}", output::table(&rows, right));
+        let mut rows = vec![Self::BEYOND.map(String::from)];
+        rows.extend(self.rows.iter().filter_map(Self::beyond));
+        if rows.len() > 1 {
+            let right = [false, true, true, true, true, true, true];
+            let _ = write!(text, "\n{}", output::table(&rows, right));
+        }
         let at_once = self.rows.iter().filter(|row| row.sequences > 1);
         let mut rows = vec![Self::AT_ONCE.map(String::from)];
         rows.extend(at_once.map(|row| self.at_once(row)));
@@ -298,6 +336,25 @@ impl Report {
             let _ = write!(text, "\n{}", compared.table(&self.rows));
         }
         text
+    }
+
+    const BEYOND: [&str; 7] = ["depth", "threads", "beyond", "ms", "MB KV", "GB/s", "share"];
+
+    /// What a deeper context costs per token.
+    fn beyond(row: &Row) -> Option<[String; 7]> {
+        let (ms, kv_bytes) = (row.beyond_ms?, row.beyond_kv_bytes?);
+        // Where the machine changed its pace meanwhile, the deeper context may seem to take no time.
+        let rate = (ms > 0.0).then(|| kv_bytes / ms / 1e6);
+        let share = row.beyond_read_share.filter(|share| share.is_finite());
+        Some([
+            row.test.clone(),
+            row.threads.to_string(),
+            row.beyond.clone()?,
+            number(ms),
+            mega(kv_bytes),
+            rate.map_or("-".to_owned(), number),
+            share.map_or("-".to_owned(), percent),
+        ])
     }
 
     const AT_ONCE: [&str; 6] =
