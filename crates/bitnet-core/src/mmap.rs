@@ -1,9 +1,11 @@
-//! Memory of whole pages: model files mapped read-only, and memory for weights that are laid out at
-//! load. The only unsafe code of this crate.
+//! Memory of whole pages: model files mapped read-only, memory for weights that are laid out at load, and
+//! for keys and values. The only unsafe code of this crate.
 
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::iter::Sum;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -210,6 +212,86 @@ impl AsRef<[u8]> for Piece {
     }
 }
 
+/// Numbers that [`Zeroed`] may hold.
+///
+/// # Safety
+/// Any bytes are a valid value.
+#[allow(unsafe_code)]
+pub unsafe trait Plain: Copy {}
+
+// SAFETY: so it is for numbers, and for arrays of bytes.
+#[allow(unsafe_code)]
+unsafe impl Plain for f32 {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Plain for i8 {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Plain for [u8; 2] {}
+
+/// Numbers that are all zero at first, in huge pages where the system gives them; only what was written to takes
+/// memory, a page at a time. Read at the speed of memory, small pages that the system has put together from
+/// here and there take a third longer.
+pub struct Zeroed<T> {
+    memory: Memory,
+    len: usize,
+    of: PhantomData<T>,
+}
+
+enum Memory {
+    /// Of less than a huge page.
+    Small(Vec<u64>),
+    Pages(Arena),
+}
+
+impl<T: Plain> Zeroed<T> {
+    /// So many numbers.
+    ///
+    /// # Errors
+    /// If the memory cannot be had; `what` says for what it is.
+    pub fn new(what: &str, len: usize) -> Result<Self, Error> {
+        const { assert!(align_of::<T>() <= align_of::<u64>()) };
+        let failed = |needed: usize| Error::Memory {
+            what: what.to_owned(),
+            needed: needed as u64,
+            available: crate::budget::available_memory().unwrap_or(0),
+        };
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(|| failed(usize::MAX))?;
+        let memory = match bytes < HUGE_PAGE {
+            true => Memory::Small(vec![0; bytes.div_ceil(size_of::<u64>())]),
+            false => Memory::Pages(Arena::new(bytes).map_err(|_| failed(bytes))?),
+        };
+        Ok(Zeroed { memory, len, of: PhantomData })
+    }
+}
+
+impl<T: Plain> Deref for Zeroed<T> {
+    type Target = [T];
+
+    #[allow(unsafe_code)]
+    fn deref(&self) -> &[T] {
+        let start = match &self.memory {
+            Memory::Small(words) => words.as_ptr().cast(),
+            Memory::Pages(Arena { map, start, .. }) => map.as_ptr().wrapping_add(*start),
+        };
+        // SAFETY: there are so many bytes, which live as long as `self` and are written to through it alone.
+        // They begin a huge page or a vector that is aligned as `new` asserts; any are valid values.
+        unsafe { std::slice::from_raw_parts(start.cast(), self.len) }
+    }
+}
+
+impl<T: Plain> DerefMut for Zeroed<T> {
+    #[allow(unsafe_code)]
+    fn deref_mut(&mut self) -> &mut [T] {
+        let start = match &mut self.memory {
+            Memory::Small(words) => words.as_mut_ptr().cast(),
+            Memory::Pages(Arena { map, start, .. }) => map.as_mut_ptr().wrapping_add(*start),
+        };
+        // SAFETY: as for `deref`, and `self` is borrowed exclusively.
+        unsafe { std::slice::from_raw_parts_mut(start.cast(), self.len) }
+    }
+}
+
 /// `len` bytes that `fill` writes, zero before, starting on a cache line.
 ///
 /// They lie in huge pages where the system gives them: reading weights at the speed of memory, the
@@ -252,6 +334,18 @@ mod tests {
             assert!(len == 0 || bytes.as_ptr().addr().is_multiple_of(LINE));
             assert!(bytes.iter().enumerate().all(|(i, &byte)| byte == (i % 251) as u8));
         }
+    }
+
+    #[test]
+    fn zeroed_memory_of_any_size_is_zero_and_keeps_what_is_written() {
+        for len in [0, 1, 17, HUGE_PAGE / 4 - 1, HUGE_PAGE / 4, 3 * HUGE_PAGE + 5] {
+            let mut floats = Zeroed::<f32>::new("a test", len).unwrap();
+            assert_eq!(floats.len(), len);
+            assert!(floats.iter().all(|&float| float == 0.0));
+            floats.iter_mut().enumerate().for_each(|(i, float)| *float = i as f32);
+            assert!(floats.iter().enumerate().all(|(i, &float)| float == i as f32));
+        }
+        assert!(Zeroed::<f32>::new("a test", usize::MAX / 2).is_err());
     }
 
     /// Pieces of one arena, of several, made and dropped by several threads at once.

@@ -3,14 +3,14 @@
 //!
 //! Decode: one token after a context, with as many layers taking turns as the keys and values need
 //! to come from memory; GB/s counts them once. Prefill: a prompt in one step; GFLOP/s counts what the
-//! causal mask leaves. The first lines are what this CPU can do at best: reading with plain loads,
+//! causal mask leaves. Times are medians. The first lines are what this CPU can do at best: reading with plain loads,
 //! and fused multiply-adds on registers.
 //!
 //! `cargo run --release -p bitnet-cpu --example attention_speed [SECONDS PER FIGURE [CASE]]`
 //! `CASE` is a part of `THREADS/TYPE/STEP/CONTEXT`, for instance `1/f16/1/4000`; `BITNET_ISA`
 //! narrows the instruction sets to one.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use bitnet_core::Error;
 use bitnet_core::backend::{AttentionShape, Backend, KvLayout, KvType, Span};
@@ -82,7 +82,7 @@ struct Case<'a> {
     context: usize,
 }
 
-/// Best times of one layer, in seconds.
+/// Median times of one layer, in seconds.
 struct Figures {
     write: f64,
     attention: f64,
@@ -145,21 +145,25 @@ impl<'a> Case<'a> {
         let spans = [Span { rows: 0..rows, position: context - rows, blocks: &blocks }];
         let scale = 1.0 / (HEAD_SIZE as f32).sqrt();
         let shape = AttentionShape { heads: HEADS, scale, window: None };
-        let mut best = Figures { write: f64::INFINITY, attention: f64::INFINITY };
+        let (mut writes, mut attentions) = (Vec::new(), Vec::new());
         let start = Instant::now();
         for run in 0.. {
             let layer = run % layout.layers;
             let now = Instant::now();
             backend.kv_write(&mut kv, layer, &k, &v, &spans);
-            best.write = best.write.min(now.elapsed().as_secs_f64());
+            writes.push(now.elapsed());
             let now = Instant::now();
             backend.attention(shape, layer, &q, &kv, &spans, &mut out);
-            best.attention = best.attention.min(now.elapsed().as_secs_f64());
+            attentions.push(now.elapsed());
             if run > 4 && start.elapsed().as_secs_f64() > seconds {
                 break;
             }
         }
-        Ok(best)
+        let median = |mut times: Vec<Duration>| {
+            times.sort();
+            times[times.len() / 2].as_secs_f64()
+        };
+        Ok(Figures { write: median(writes), attention: median(attentions) })
     }
 }
 

@@ -1,21 +1,25 @@
 //! Storage of keys and values in blocks.
 //!
-//! All blocks of one head lie one after another, `[layers, 2 (key, value), kv_heads, blocks]`, so that
-//! attention over consecutive blocks reads memory from one end to the other, whatever the size of a
-//! block. Within a block the tokens of a head are in panels, keys transposed (see [`panel_place`]).
+//! Blocks that one split of attention reads, where they follow one another, form a *slab*. Memory is `[layers, slabs,
+//! kv_heads, 2 (key, value), blocks of a slab]`: what attention reads in a layer is read from one end to the other, and a
+//! context that grows takes new pages at one place of each layer. Within a block the tokens of a head are in panels, keys
+//! transposed (see [`panel_place`]).
 
 use std::ops::Range;
 
 use bitnet_core::Error;
 use bitnet_core::backend::{KvLayout, KvType};
+use bitnet_core::mmap::Zeroed;
+use bitnet_core::numerics::ATTENTION_SPLIT;
 
-use crate::arch::{KvData, PANEL, pair_place, panel_place, prefetch_second};
+use crate::arch::{KvData, PANEL, Slabs, pair_place, panel_place, prefetch_second};
 use crate::backend::require;
 
 /// Keys and values of all layers.
 pub struct KvStore {
     layout: KvLayout,
     blocks: usize,
+    pub(crate) slabs: Slabs,
     pub(crate) data: KvData,
 }
 
@@ -26,8 +30,7 @@ pub(crate) enum Side {
     Value,
 }
 
-/// The elements of one layer, and their scales if they have any: `[2, kv_heads, blocks,
-/// block_tokens]` heads.
+/// The elements of one layer, and their scales if they have any: `[slabs, kv_heads, 2, blocks of a slab]` pieces.
 pub(crate) enum LayerMut<'a> {
     F32(&'a mut [f32]),
     F16(&'a mut [[u8; 2]]),
@@ -36,38 +39,49 @@ pub(crate) enum LayerMut<'a> {
 
 impl KvStore {
     pub(crate) fn new(layout: KvLayout, blocks: usize) -> Result<Self, Error> {
-        require("the KV cache", &[layout.block_bytes(), blocks], 1)?;
-        let tokens = 2 * layout.layers * layout.kv_heads * blocks * layout.block_tokens;
+        const WHAT: &str = "the KV cache";
+        let of_split = (ATTENTION_SPLIT / layout.block_tokens).clamp(1, blocks.max(1));
+        let slabs = Slabs { blocks: of_split, pieces: 2 * layout.kv_heads * of_split };
+        require(WHAT, &[layout.block_bytes(), blocks.next_multiple_of(of_split)], 1)?;
+        let pieces = layout.layers * blocks.div_ceil(of_split) * slabs.pieces;
+        let tokens = pieces * layout.block_tokens;
         let elements = tokens * layout.head_size + 2 * PANEL;
         let data = match layout.kv_type {
-            KvType::F32 => KvData::F32(vec![0.0; elements]),
-            KvType::F16 => KvData::F16(vec![[0; 2]; elements]),
-            KvType::Int8 => KvData::Int8(vec![0; elements], vec![0.0; tokens + PANEL]),
+            KvType::F32 => KvData::F32(Zeroed::new(WHAT, elements)?),
+            KvType::F16 => KvData::F16(Zeroed::new(WHAT, elements)?),
+            KvType::Int8 => {
+                KvData::Int8(Zeroed::new(WHAT, elements)?, Zeroed::new(WHAT, tokens + PANEL)?)
+            }
         };
-        Ok(KvStore { layout, blocks, data })
+        Ok(KvStore { layout, blocks, slabs, data })
     }
 
     pub(crate) fn layout(&self) -> &KvLayout {
         &self.layout
     }
 
-    /// The piece of block 0 of one head; those of the other blocks follow.
+    /// The piece of block 0 of one head, from which [`Slabs::piece`] finds the others.
     pub(crate) fn first_piece(&self, layer: usize, side: Side, head: usize) -> usize {
         let KvLayout { layers, kv_heads, .. } = self.layout;
         assert!(layer < layers && head < kv_heads);
-        ((2 * layer + side as usize) * kv_heads + head) * self.blocks
+        layer * self.layer_pieces() + (2 * head + side as usize) * self.slabs.blocks
     }
 
-    /// Tokens that one head has room for.
-    pub(crate) fn tokens(&self) -> usize {
-        self.blocks * self.layout.block_tokens
+    /// Whether it has room for nothing.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.blocks == 0
+    }
+
+    /// Pieces of one layer.
+    fn layer_pieces(&self) -> usize {
+        self.blocks.div_ceil(self.slabs.blocks) * self.slabs.pieces
     }
 
     /// One layer, to write to.
     pub(crate) fn layer_mut(&mut self, layer: usize) -> LayerMut<'_> {
-        let KvLayout { layers, kv_heads, head_size, .. } = self.layout;
+        let KvLayout { layers, head_size, block_tokens, .. } = self.layout;
         assert!(layer < layers);
-        let len = 2 * kv_heads * self.tokens();
+        let len = self.layer_pieces() * block_tokens;
         let range = layer * len..(layer + 1) * len;
         let elements = range.start * head_size..range.end * head_size;
         match &mut self.data {
@@ -77,20 +91,27 @@ impl KvStore {
         }
     }
 
-    /// Elements and tokens of each piece of a block.
-    fn pieces(&self, block: u32) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<> {
+    /// Elements and tokens of each piece of a block: of each layer the keys of all heads, then the values.
+    fn pieces(&self, block: u32) -> Vec<(Range<usize>, Range<usize>)> {
         let KvLayout { layers, kv_heads, head_size, block_tokens, .. } = self.layout;
-        let (block, blocks) = (block as usize, self.blocks);
-        assert!(block < blocks, "block {block} of {blocks}");
-        (0..2 * layers * kv_heads).map(move |head| {
-            let first = (head * blocks + block) * block_tokens;
-            let tokens = first..first + block_tokens;
-            (tokens.start * head_size..tokens.end * head_size, tokens)
-        })
+        assert!((block as usize) < self.blocks, "block {block} of {}", self.blocks);
+        let mut pieces = Vec::with_capacity(2 * layers * kv_heads);
+        for layer in 0..layers {
+            for side in [Side::Key, Side::Value] {
+                for head in 0..kv_heads {
+                    let piece = self.slabs.piece(self.first_piece(layer, side, head), block);
+                    let tokens = piece * block_tokens..(piece + 1) * block_tokens;
+                    pieces.push((tokens.start * head_size..tokens.end * head_size, tokens));
+                }
+            }
+        }
+        pieces
     }
 
     pub(crate) fn copy(&mut self, from: u32, to: u32) {
-        for ((from, from_tokens), (to, to_tokens)) in self.pieces(from).zip(self.pieces(to)) {
+        for ((from, from_tokens), (to, to_tokens)) in
+            self.pieces(from).into_iter().zip(self.pieces(to))
+        {
             match &mut self.data {
                 KvData::F32(data) => data.copy_within(from, to.start),
                 KvData::F16(data) => data.copy_within(from, to.start),

@@ -343,21 +343,21 @@ impl Cut {
 
 /// A matrix `[rows, width]` cut into vertical strips, and these across into pieces of the same number of
 /// rows, the last of which may be lower. The last rows come first.
-pub(crate) struct Strips<'a> {
-    start: *mut f32,
+pub(crate) struct Strips<'a, T = f32> {
+    start: *mut T,
     rows: usize,
     width: usize,
     cut: Cut,
     height: usize,
-    matrix: PhantomData<&'a mut [f32]>,
+    matrix: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: a shared `Strips` hands out disjoint exclusive strips of f32s, which are Send.
-unsafe impl Sync for Strips<'_> {}
+// SAFETY: a shared `Strips` hands out disjoint exclusive strips, so it moves `T`s between threads.
+unsafe impl<T: Send> Sync for Strips<'_, T> {}
 
-impl<'a> Strips<'a> {
+impl<'a, T> Strips<'a, T> {
     /// Strips of the columns of a matrix.
-    pub(crate) fn new(matrix: &'a mut [f32], width: usize, cut: Cut) -> Self {
+    pub(crate) fn new(matrix: &'a mut [T], width: usize, cut: Cut) -> Self {
         assert!(width != 0 && matrix.len().is_multiple_of(width));
         let (start, rows) = (matrix.as_mut_ptr(), matrix.len() / width);
         Strips { start, rows, width, cut, height: rows.max(1), matrix: PhantomData }
@@ -371,15 +371,15 @@ impl<'a> Strips<'a> {
 }
 
 /// One strip of a matrix, or a piece of one.
-pub(crate) struct Strip<'a> {
-    start: *mut f32,
+pub(crate) struct Strip<'a, T = f32> {
+    start: *mut T,
     rows: Range<usize>,
     width: usize,
     columns: Range<usize>,
-    matrix: PhantomData<&'a mut [f32]>,
+    matrix: PhantomData<&'a mut [T]>,
 }
 
-impl Strip<'_> {
+impl<T> Strip<'_, T> {
     /// The columns of the matrix that this strip holds.
     pub(crate) fn columns(&self) -> Range<usize> {
         self.columns.clone()
@@ -391,7 +391,7 @@ impl Strip<'_> {
     }
 
     /// This strip's piece of one row of the matrix.
-    pub(crate) fn row(&mut self, row: usize) -> &mut [f32] {
+    pub(crate) fn row(&mut self, row: usize) -> &mut [T] {
         assert!(self.rows.contains(&row));
         // SAFETY: the row lies in the matrix, so do the columns by construction, and this strip
         // holds them exclusively.
@@ -406,14 +406,14 @@ impl Strip<'_> {
 
 // SAFETY: two strips hold disjoint columns, or the same columns of disjoint rows, hence disjoint
 // pieces of every row.
-unsafe impl<'a> Partition for Strips<'a> {
-    type Part = Strip<'a>;
+unsafe impl<'a, T: Send> Partition for Strips<'a, T> {
+    type Part = Strip<'a, T>;
 
     fn parts(&self) -> usize {
         self.cut.ranges(self.width).count() * self.rows.div_ceil(self.height)
     }
 
-    unsafe fn part(&self, index: usize) -> Strip<'a> {
+    unsafe fn part(&self, index: usize) -> Strip<'a, T> {
         let strips = self.cut.ranges(self.width).count();
         let (across, strip) = (index / strips, index % strips);
         let columns = self.cut.ranges(self.width).nth(strip).expect("one of the strips");

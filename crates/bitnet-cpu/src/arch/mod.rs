@@ -42,7 +42,7 @@ use bitnet_quant::packing::tile::{self, Tile};
 use crate::Isa;
 
 pub(crate) use attention::{
-    Attention, KvData, PANEL, Room, pair_place, panel_place, partial_len, room_len,
+    Attention, KvData, PANEL, Room, Slabs, pair_place, panel_place, partial_len, room_len,
 };
 pub(crate) use generic::{BandScale, OutputScale};
 pub(crate) use head::HeadRow;

@@ -11,7 +11,7 @@ use crate::arch::{Attention, Room, partial_len, room_len};
 use crate::buffer::Buffer;
 use crate::kv::{KvStore, LayerMut, Side, ask, scatter, scatter_pairs};
 use crate::profile::Call;
-use crate::threads::{Chunks, Cut, Partition, Strips, ThreadPool};
+use crate::threads::{Cut, Partition, Strips, ThreadPool};
 
 /// Rows of scores (query heads of tokens) that share each load of a key or value: what they need
 /// fits the second-level cache beside a panel.
@@ -23,8 +23,8 @@ const SMALL: usize = 100_000;
 /// Numbers to be stored below which it does: a cache line for each keeps even few of them waiting.
 const SMALL_WRITE: usize = 1024;
 
-/// Takes one token of one head: its block, its place there, and its key or value.
-type Write<'a> = &'a mut dyn FnMut(usize, usize, Side, &[f32]);
+/// Takes one token of one head: its slab, its block there, its place in the block, and its key or value.
+type Write<'a> = &'a mut dyn FnMut(usize, usize, usize, Side, &[f32]);
 
 impl Compute {
     pub(crate) fn kv_write(
@@ -38,28 +38,34 @@ impl Compute {
         let start = self.profile.start();
         let layout = *kv.layout();
         let (kv_heads, head_size) = (layout.kv_heads, layout.head_size);
-        let tokens = kv.tokens();
-        if tokens == 0 {
+        if kv.is_empty() {
             return;
         }
+        let slabs = kv.slabs;
+        // Part `index` of a layer holds one side of one head, in a row for each slab.
         let each = |index: usize, write: Write<'_>| {
-            let (side, x) = if index < kv_heads { (Side::Key, k) } else { (Side::Value, v) };
-            let columns = index % kv_heads * head_size..(index % kv_heads + 1) * head_size;
+            let (side, x) = if index % 2 == 0 { (Side::Key, k) } else { (Side::Value, v) };
+            let columns = index / 2 * head_size..(index / 2 + 1) * head_size;
             for span in spans {
                 for (token, row) in (span.position..).zip(span.rows.clone()) {
                     let block = span.blocks[token / layout.block_tokens] as usize;
-                    write(block, token % layout.block_tokens, side, &x.row(row)[columns.clone()]);
+                    let values = &x.row(row)[columns.clone()];
+                    let (slab, place) = (block / slabs.blocks, block % slabs.blocks);
+                    write(slab, place, token % layout.block_tokens, side, values);
                 }
             }
         };
         let rows: usize = spans.iter().map(|span| span.rows.len()).sum();
         let small = 2 * rows * kv_heads * head_size < SMALL_WRITE;
         let piece = layout.block_tokens * head_size;
+        let strip = slabs.blocks * piece;
+        let cut = |length: usize| (slabs.pieces * length, Cut::Even(slabs.blocks * length));
         match kv.layer_mut(layer) {
             LayerMut::F32(data) => {
-                self.share(small, Chunks::new(data, tokens * head_size), |_, (index, data)| {
-                    each(index, &mut |block, token, side, values| {
-                        let piece = &mut data[block * piece..(block + 1) * piece];
+                let (width, cut) = cut(piece);
+                self.share(small, Strips::new(data, width, cut), |_, mut data| {
+                    each(data.columns().start / strip, &mut |slab, place, token, side, values| {
+                        let piece = &mut data.row(slab)[place * piece..][..piece];
                         ask(piece, &layout, side, token);
                         scatter(piece, &layout, side, token, values.iter().copied());
                     });
@@ -67,32 +73,32 @@ impl Compute {
             }
             LayerMut::F16(data) => {
                 let scratch = self.scratch();
-                self.share(
-                    small,
-                    Chunks::new(data, tokens * head_size),
-                    |thread, (index, data)| {
-                        let mut own = lock(&scratch.threads[thread]);
-                        let halves = at_least(&mut own.halves, head_size);
-                        each(index, &mut |block, token, side, values| {
-                            let piece = &mut data[block * piece..(block + 1) * piece];
-                            ask(piece, &layout, side, token);
-                            f32_to_f16_row(values, halves);
-                            scatter(piece, &layout, side, token, halves.iter().copied());
-                        });
-                    },
-                );
+                let (width, cut) = cut(piece);
+                self.share(small, Strips::new(data, width, cut), |thread, mut data| {
+                    let mut own = lock(&scratch.threads[thread]);
+                    let halves = at_least(&mut own.halves, head_size);
+                    each(data.columns().start / strip, &mut |slab, place, token, side, values| {
+                        let piece = &mut data.row(slab)[place * piece..][..piece];
+                        ask(piece, &layout, side, token);
+                        f32_to_f16_row(values, halves);
+                        scatter(piece, &layout, side, token, halves.iter().copied());
+                    });
+                });
             }
             LayerMut::Int8(data, scales) => {
                 let scratch = self.scratch();
                 let threads = &scratch.threads;
-                let heads = (Chunks::new(data, tokens * head_size), Chunks::new(scales, tokens));
-                self.share(small, heads, |thread, ((index, data), (_, scales))| {
+                let ((width, of_data), (tokens, of_scales)) =
+                    (cut(piece), cut(layout.block_tokens));
+                let parts =
+                    (Strips::new(data, width, of_data), Strips::new(scales, tokens, of_scales));
+                self.share(small, parts, |thread, (mut data, mut scales)| {
                     let mut own = lock(&threads[thread]);
                     let quantized = at_least(&mut own.bytes, head_size);
-                    each(index, &mut |block, token, side, values| {
-                        let piece = &mut data[block * piece..(block + 1) * piece];
+                    each(data.columns().start / strip, &mut |slab, place, token, side, values| {
+                        let piece = &mut data.row(slab)[place * piece..][..piece];
                         ask(piece, &layout, side, token);
-                        scales[block * layout.block_tokens + token] =
+                        scales.row(slab)[place * layout.block_tokens + token] =
                             self.kernels.quantize_head(values, quantized);
                         scatter_pairs(piece, &layout, side, token, quantized);
                     });
@@ -147,6 +153,7 @@ impl Compute {
                         data: &kv.data,
                         keys: kv.first_piece(layer, Side::Key, head),
                         values: kv.first_piece(layer, Side::Value, head),
+                        slabs: kv.slabs,
                         block_tokens: layout.block_tokens,
                         blocks: span.blocks,
                     };

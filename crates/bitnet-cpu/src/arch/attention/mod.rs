@@ -23,6 +23,7 @@ mod tests;
 
 use std::ops::Range;
 
+use bitnet_core::mmap::Zeroed;
 use bitnet_core::numerics::{self, ATTENTION_SPLIT};
 
 use super::lanes::Lanes;
@@ -48,16 +49,34 @@ pub(crate) fn pair_place(rows: usize, cols: usize, row: usize, col: usize) -> us
     first * rows + pair * PANEL.min(cols - first) + each * (col - first) + row % 2
 }
 
-/// Stored keys and values: per layer, side (key or value), head and block one piece of
-/// `block_tokens * head_size` elements in panels. `2 * PANEL` more elements follow, because panels are
-/// read sixteen columns at a time whatever their width, those of int8 two rows at a time.
+/// How the pieces of blocks lie: those of some blocks of a head side by side, then those of the other side and of the
+/// other heads, then the next blocks.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Slabs {
+    /// Blocks that lie side by side.
+    pub(crate) blocks: usize,
+    /// Pieces of all heads' keys and values for these.
+    pub(crate) pieces: usize,
+}
+
+impl Slabs {
+    /// The piece of a block, from the piece of block 0.
+    pub(crate) fn piece(self, first: usize, block: u32) -> usize {
+        let (slab, place) = (block as usize / self.blocks, block as usize % self.blocks);
+        first + slab * self.pieces + place
+    }
+}
+
+/// Stored keys and values: per layer, head, side (key or value) and block one piece of `block_tokens * head_size` elements
+/// in panels. `2 * PANEL` more elements follow, because panels are read sixteen columns at a time whatever
+/// their width, those of int8 two rows at a time.
 pub(crate) enum KvData {
-    F32(Vec<f32>),
+    F32(Zeroed<f32>),
     /// Half-precision numbers, little-endian.
-    F16(Vec<[u8; 2]>),
+    F16(Zeroed<[u8; 2]>),
     /// Values, in pairs of rows ([`pair_place`]), and one scale per token and head: `block_tokens` per
     /// piece.
-    Int8(Vec<i8>, Vec<f32>),
+    Int8(Zeroed<i8>, Zeroed<f32>),
 }
 
 /// Consecutive tokens of one sequence and the query heads that share one key/value head.
@@ -77,9 +96,10 @@ pub(crate) struct Attention<'a> {
     /// Factor on `q · k`.
     pub(crate) scale: f32,
     pub(crate) data: &'a KvData,
-    /// Pieces of block 0.
+    /// Pieces of block 0, and where those of the others lie.
     pub(crate) keys: usize,
     pub(crate) values: usize,
+    pub(crate) slabs: Slabs,
     pub(crate) block_tokens: usize,
     /// The sequence's block table.
     pub(crate) blocks: &'a [u32],
@@ -189,14 +209,14 @@ fn attend_with<V: Lanes, P: Product<V>>(
     scores: &mut [f32],
     partials: &mut [f32],
 ) {
-    let &Attention { head_size, block_tokens, blocks, .. } = attention;
+    let &Attention { head_size, block_tokens, slabs, blocks, .. } = attention;
     let (rows, len) = (attention.rows(), partial_len(head_size));
     let start = split * ATTENTION_SPLIT;
     // Later rows see later positions, the first and the last of them.
     let all = attention.seen(0, split).start..attention.seen(rows - 1, split).end;
 
     for block in attention.blocks(&all) {
-        let piece = attention.keys + blocks[block] as usize;
+        let piece = slabs.piece(attention.keys, blocks[block]);
         for first in (0..block_tokens).step_by(PANEL) {
             let token = block * block_tokens + first;
             let panel = token..token + PANEL.min(block_tokens - first);
@@ -252,7 +272,7 @@ fn attend_with<V: Lanes, P: Product<V>>(
     }
 
     for block in attention.blocks(&all) {
-        let piece = attention.values + blocks[block] as usize;
+        let piece = slabs.piece(attention.values, blocks[block]);
         let first = block * block_tokens;
         let held = first..first + block_tokens;
         let values = |seen: &Range<usize>| ValueRows {

@@ -386,7 +386,7 @@ impl<V: Lanes> Product<V> for Integers<'_> {
         for block in attention.blocks(all) {
             let first = block * block_tokens;
             let held = first.max(all.start)..(first + block_tokens).min(all.end);
-            let piece = attention.values + attention.blocks[block] as usize;
+            let piece = attention.slabs.piece(attention.values, attention.blocks[block]);
             let scales = &self.scales[piece * block_tokens + held.start - first..][..held.len()];
             self.weight_scales[held.start % ATTENTION_SPLIT..][..held.len()]
                 .copy_from_slice(scales);

@@ -1,10 +1,15 @@
 //! The numbers at the ends of what the kernels are made for.
 
+use bitnet_core::mmap::Plain;
 use bitnet_testing::Random;
 
 use super::*;
 use crate::arch::Kernels;
 use crate::arch::tests::all_kernels;
+
+fn zeroed<T: Plain>(len: usize) -> Zeroed<T> {
+    Zeroed::new("a test", len).expect("memory")
+}
 
 /// Attention of one query over one block of `tokens`, in piece 0 the keys and in piece 1 the values, as
 /// [`attend`] leaves it for the first split.
@@ -22,6 +27,7 @@ fn partial(kernels: &Kernels, query: &[f32], tokens: usize, data: &KvData) -> Ve
         data,
         keys: 0,
         values: 1,
+        slabs: Slabs { blocks: 1, pieces: 2 },
         block_tokens: tokens,
         blocks: &[0],
     };
@@ -47,7 +53,7 @@ fn weights_are_the_exponentials_of_the_recipe() {
     scores.resize(scores.len().next_multiple_of(TOKENS - 1), -1.0);
     // One token's key is its score, its value is one in a place of its own; that of the first is zero.
     let size = TOKENS * TOKENS;
-    let mut data = vec![0.0; 2 * size + 2 * PANEL];
+    let mut data = zeroed(2 * size + 2 * PANEL);
     for token in 0..TOKENS {
         data[size + panel_place(TOKENS, TOKENS, token, token)] = 1.0;
     }
@@ -74,10 +80,12 @@ fn weights_are_the_exponentials_of_the_recipe() {
 
 #[test]
 fn a_score_that_is_no_number_makes_all_outputs_none() {
-    let mut numbers = vec![1.0; 2 * 16 * 16 + 2 * PANEL];
+    let mut numbers = zeroed(2 * 16 * 16 + 2 * PANEL);
+    numbers.fill(1.0);
     numbers[panel_place(16, 16, 0, 5)] = f32::NAN;
+    let data = KvData::F32(numbers);
     for kernels in all_kernels() {
-        let found = partial(kernels, &[1.0; 16], 16, &KvData::F32(numbers.clone()));
+        let found = partial(kernels, &[1.0; 16], 16, &data);
         assert!(found[..16].iter().all(|x| x.is_nan()), "{}", kernels.name);
         assert!(found[17].is_nan() && found[16] == 16.0, "{}", kernels.name);
     }
@@ -93,7 +101,7 @@ fn integer_products_hold_at_their_fullest() {
             let bytes: Vec<i8> =
                 (0..2 * size).map(|_| fill.unwrap_or(random.bits() as i8)).collect();
             let (keys, values) = bytes.split_at(size);
-            let mut stored = vec![0; 2 * size + 2 * PANEL];
+            let mut stored = zeroed(2 * size + 2 * PANEL);
             for token in 0..tokens {
                 for i in 0..head_size {
                     let place = pair_place(head_size, tokens, i, token);
@@ -103,8 +111,9 @@ fn integer_products_hold_at_their_fullest() {
                 }
             }
             // Equal scores, so that all weights are the largest.
-            let mut scales = vec![1e-9; tokens];
-            scales.extend(vec![0.5; tokens + PANEL]);
+            let mut scales = zeroed(2 * tokens + PANEL);
+            scales[..tokens].fill(1e-9);
+            scales[tokens..].fill(0.5);
             let data = KvData::Int8(stored, scales);
             for sign in [1.0, -1.0] {
                 let query = vec![sign; head_size];
