@@ -180,14 +180,14 @@ impl Compute {
             // Few tiles over a long context: the threads share the splits.
             let tile = height * partial;
             let partials = at_least(&mut scratch.partials, jobs * splits * tile);
-            // All splits of a tile, then the next tile, so that a thread reads on where it was. In parts
-            // that taper, because two threads may take as long to agree on a part as to compute one.
+            // All tiles of a split, then the next split, as they lie in memory. In parts that taper, because two
+            // threads may take as long to agree on a part as to compute one.
             let cut = Cut::Tapered { unit: tile, least: 1, threads: threads.len() };
             let len = partials.len();
             self.pool.run(Strips::new(partials, len, cut), |thread, mut part| {
                 let first = part.columns().start / tile;
                 for (index, partials) in (first..).zip(part.row(0).chunks_exact_mut(tile)) {
-                    let (job, split) = (index / splits, index % splits);
+                    let (split, job) = (index / jobs, index % jobs);
                     let first = job / kv_heads * height;
                     for (own, attention) in pieces(first..first + height, job % kv_heads) {
                         if attention.splits().contains(&split) {
@@ -215,7 +215,7 @@ impl Compute {
                     for (own, attention) in pieces(rows.clone(), head / shared) {
                         for row in own {
                             let part = |split: usize| {
-                                let start = (job * splits + split) * tile + (row - first) * partial;
+                                let start = (split * jobs + job) * tile + (row - first) * partial;
                                 &partials[start + head % shared * len..][..len]
                             };
                             let mut scratch = lock(&threads[thread]);
