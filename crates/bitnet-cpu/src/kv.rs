@@ -42,8 +42,9 @@ impl KvStore {
         const WHAT: &str = "the KV cache";
         let of_split = (ATTENTION_SPLIT / layout.block_tokens).clamp(1, blocks.max(1));
         let slabs = Slabs { blocks: of_split, pieces: 2 * layout.kv_heads * of_split };
-        require(WHAT, &[layout.block_bytes(), blocks.next_multiple_of(of_split)], 1)?;
-        let pieces = layout.layers * blocks.div_ceil(of_split) * slabs.pieces;
+        let count = blocks.div_ceil(of_split);
+        require(WHAT, &[layout.block_bytes(), of_split, count], 1)?;
+        let pieces = layout.layers * count * slabs.pieces;
         let tokens = pieces * layout.block_tokens;
         let elements = tokens * layout.head_size + 2 * PANEL;
         let data = match layout.kv_type {

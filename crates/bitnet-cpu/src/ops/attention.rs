@@ -44,7 +44,7 @@ impl Compute {
         let slabs = kv.slabs;
         // Part `index` of a layer holds one side of one head, in a row for each slab.
         let each = |index: usize, write: Write<'_>| {
-            let (side, x) = if index % 2 == 0 { (Side::Key, k) } else { (Side::Value, v) };
+            let (side, x) = [(Side::Key, k), (Side::Value, v)][index % 2];
             let columns = index / 2 * head_size..(index / 2 + 1) * head_size;
             for span in spans {
                 for (token, row) in (span.position..).zip(span.rows.clone()) {
