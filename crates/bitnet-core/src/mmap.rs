@@ -219,14 +219,14 @@ impl AsRef<[u8]> for Piece {
 #[allow(unsafe_code)]
 pub unsafe trait Plain: Copy {}
 
-// SAFETY: so it is for numbers, and for arrays of bytes.
 #[allow(unsafe_code)]
+// SAFETY: any four bytes are an f32.
 unsafe impl Plain for f32 {}
-// SAFETY: as above.
 #[allow(unsafe_code)]
+// SAFETY: any byte is an i8.
 unsafe impl Plain for i8 {}
-// SAFETY: as above.
 #[allow(unsafe_code)]
+// SAFETY: any two bytes are such an array.
 unsafe impl Plain for [u8; 2] {}
 
 /// Numbers that are all zero at first, in huge pages where the system gives them; only what was written to takes

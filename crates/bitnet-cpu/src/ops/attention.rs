@@ -48,9 +48,8 @@ impl Compute {
             let columns = index / 2 * head_size..(index / 2 + 1) * head_size;
             for span in spans {
                 for (token, row) in (span.position..).zip(span.rows.clone()) {
-                    let block = span.blocks[token / layout.block_tokens] as usize;
+                    let (slab, place) = slabs.place(span.blocks[token / layout.block_tokens]);
                     let values = &x.row(row)[columns.clone()];
-                    let (slab, place) = (block / slabs.blocks, block % slabs.blocks);
                     write(slab, place, token % layout.block_tokens, side, values);
                 }
             }

@@ -49,20 +49,25 @@ pub(crate) fn pair_place(rows: usize, cols: usize, row: usize, col: usize) -> us
     first * rows + pair * PANEL.min(cols - first) + each * (col - first) + row % 2
 }
 
-/// How the pieces of blocks lie: those of some blocks of a head side by side, then those of the other side and of the
-/// other heads, then the next blocks.
+/// How the pieces of blocks lie: those of some blocks of a head one after another, then those of its other side, then
+/// the other heads; then all that of the next blocks.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Slabs {
-    /// Blocks that lie side by side.
+    /// Blocks of a slab.
     pub(crate) blocks: usize,
-    /// Pieces of all heads' keys and values for these.
+    /// Pieces of a slab: its blocks' keys and values of all heads.
     pub(crate) pieces: usize,
 }
 
 impl Slabs {
+    /// The slab that holds a block, and the block's place in it.
+    pub(crate) fn place(self, block: u32) -> (usize, usize) {
+        (block as usize / self.blocks, block as usize % self.blocks)
+    }
+
     /// The piece of a block, from the piece of block 0.
     pub(crate) fn piece(self, first: usize, block: u32) -> usize {
-        let (slab, place) = (block as usize / self.blocks, block as usize % self.blocks);
+        let (slab, place) = self.place(block);
         first + slab * self.pieces + place
     }
 }
